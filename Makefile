@@ -1,0 +1,41 @@
+# `make demo` and `make test` need only Python 3.11 with venv, make and gcc; everything else goes into .venv.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: demo test bench lint setup clean
+
+demo: setup
+	$(BIN)/python -m pipelines.hcp demo
+
+test: lint
+	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The rivals are installed beside the locked versions, which they may not change.
+bench: setup $(VENV)/.bench
+	$(BIN)/python -m pipelines.bench
+
+setup: $(STAMP)
+
+# torch first and by itself: what comes after then finds it installed and asks for no other build.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "requirements.lock is for Python 3.11; found: $$($(PYTHON) --version 2>&1). Name one with 'make PYTHON=/path/to/python3.11'." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c requirements.lock --no-build-isolation -e ".[bench]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Ready configurations for `pavi-scale fit STUDY.yaml --cluster FILE.yaml`."""

@@ -1,0 +1,151 @@
+"""Which ground units are computed together: a partition of the cohort into shards, and random selections of it.
+
+A selection must hold every child of the units it infers (their pools are complete), except below free blocks. So a plate
+may be split only if no block pools over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pavi_scale.guide.blocks import Component, lies_below
+from pavi_scale.model.template import Model
+from pavi_scale.plates import Layout, Selection, ancestors
+from pavi_scale.rng import stream
+
+
+def splittable(model: Model, components: Sequence[Component]) -> tuple[str, ...]:
+    """Top-level plates over which no block pools its data, in the model's order."""
+    plates = model.plates
+    blocks = {b.name: b for c in components for b in c.blocks}
+    out = []
+    for name, plate in plates.items():
+        if plate.within:
+            continue
+        pooled = any(
+            lies_below(plates, model.variables[f.variable].plates, (name,)) and not lies_below(plates, blocks[b].plates, (name,))
+            for c in components for f in c.factors for b, _ in f.touches
+        )
+        if not pooled:
+            out.append(name)
+    return tuple(out)
+
+
+def leaves(model: Model, components: Sequence[Component]) -> tuple[str, ...]:
+    """Plates within others whose units no block pools: their units may be selected one by one."""
+    plates = model.plates
+    touched = [model.variables[f.variable].plates for c in components for f in c.factors]
+    return tuple(name for name, plate in plates.items() if plate.within and not any(lies_below(plates, t, (name,)) for t in touched))
+
+
+def closure(layout: Layout, chosen: Mapping[str, np.ndarray], weight: Mapping[str, float] | None = None) -> Selection:
+    """The chosen units of top-level plates and everything below them; all units of plates not concerned."""
+    weight = weight or {}
+    units: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
+
+    def visit(name: str) -> None:
+        if name in units:
+            return
+        parents = layout.plates[name].within
+        for parent in parents:
+            visit(parent)
+        if name in chosen:
+            units[name] = np.asarray(chosen[name])
+            weights[name] = np.full(len(units[name]), weight.get(name, 1.0))
+            return
+        picked = np.arange(layout.cardinality[name])
+        for parent in parents:
+            if len(units[parent]) < layout.cardinality[parent]:
+                below = layout.children(name, parent, units[parent])
+                picked = below if len(picked) == layout.cardinality[name] else np.intersect1d(picked, below, assume_unique=True)
+        units[name] = picked
+        own = np.ones(len(picked))
+        for parent in parents:
+            own = own * weights[parent][np.searchsorted(units[parent], layout.index[name, parent][picked])]
+        weights[name] = own
+
+    for name in layout.plates:
+        visit(name)
+    return Selection(layout, units, weights)
+
+
+def upward(layout: Layout, leaf: str, picked: np.ndarray) -> Selection:
+    """Units of a leaf plate selected one by one, and the ancestors they belong to.
+
+    An ancestor's own terms are spread over the leaf units below it: its weight is (N / B) (selected below it) / (all below it).
+    """
+    above = ancestors(layout.plates, leaf)
+    units = {p: np.arange(n) for p, n in layout.cardinality.items()}
+    weights = {p: np.ones(n) for p, n in layout.cardinality.items()}
+    ratio = layout.cardinality[leaf] / len(picked)
+    units[leaf], weights[leaf] = picked, np.full(len(picked), ratio)
+    for plate in above:
+        parent = layout.path(leaf, plate)
+        counts = np.bincount(parent[picked], minlength=layout.cardinality[plate])
+        totals = np.bincount(parent, minlength=layout.cardinality[plate])
+        # A unit with nothing below it can never be selected this way, so it is always kept, with weight one.
+        keep = np.flatnonzero((counts > 0) | (totals == 0))
+        units[plate] = keep
+        weights[plate] = np.where(totals[keep] > 0, ratio * counts[keep] / np.maximum(totals[keep], 1), 1.0)
+    return Selection(layout, units, weights)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous range of the split plate; `first` marks the one that answers for what does not depend on that plate."""
+
+    plate: str | None
+    start: int
+    stop: int
+    first: bool
+
+    def selection(self, layout: Layout) -> Selection:
+        """The shard's units and everything below them, with weight one."""
+        if self.plate is None:
+            return Selection.whole(layout)
+        return closure(layout, {self.plate: np.arange(self.start, self.stop)})
+
+
+def split_plate(model: Model, layout: Layout, components: Sequence[Component]) -> str | None:
+    """The splittable plate with most observed units below it."""
+    candidates = splittable(model, components)
+
+    def load(plate: str) -> int:
+        return sum(math.prod(layout.cardinality[p] for p in v.plates) for v in model.of_kind("observed", "latent") if lies_below(model.plates, v.plates, (plate,)))
+
+    return max(candidates, key=load, default=None)
+
+
+def shards(layout: Layout, plate: str | None, per_shard: int) -> list[Shard]:
+    """Contiguous shards of at most `per_shard` units of the split plate."""
+    if plate is None:
+        return [Shard(None, 0, 0, True)]
+    n = layout.cardinality[plate]
+    per_shard = max(1, min(per_shard, n))
+    return [Shard(plate, a, min(a + per_shard, n), a == 0) for a in range(0, n, per_shard)]
+
+
+def batches(layout: Layout, plates: Mapping[str, int], seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Endless random selections without replacement: each plate's units are shuffled once per its own epoch.
+
+    Args:
+        layout: The layout.
+        plates: Plate -> units per selection.
+        seed: Seed of the shuffles.
+    """
+    def one(plate: str, size: int) -> Iterator[np.ndarray]:
+        epoch, n = 0, layout.cardinality[plate]
+        while True:
+            order = np.random.default_rng(stream(seed, "batches", plate, epoch) % 2**63).permutation(n)
+            for start in range(0, n - size + 1, size):
+                yield np.sort(order[start : start + size])
+            epoch += 1
+
+    sources = {p: one(p, min(size, layout.cardinality[p])) for p, size in plates.items()}
+    while True:
+        yield {p: next(s) for p, s in sources.items()}

@@ -1,0 +1,245 @@
+"""Schema checks: does a Dataset have the variables, dimensions, index variables and cardinalities that a model asks for?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import xarray as xr
+
+from pavi_scale.errors import CohortError
+from pavi_scale.model.template import Model, Variable
+from pavi_scale.plates import Layout
+
+INSTANCE = "instance_dimension"
+_REBUILD = "build the cohort with ps.from_table, or store positions 0..size-1 as integers"
+
+
+def index_name(child: str, parent: str) -> str:
+    """Name given to the index variable that holds the position in `parent` of each unit of `child`.
+
+    Only used on writing; on reading, index variables are found by their attribute `instance_dimension`.
+
+    Example:
+        >>> index_name("house", "county")
+        'house_county'
+    """
+    return f"{child}_{parent}"
+
+
+def inputs(model: Model) -> list[Variable]:
+    """The variables that a cohort must hold: observed and covariates."""
+    return model.of_kind("observed", "covariate")
+
+
+def check_variables(dataset: xr.Dataset, model: Model) -> None:
+    """Presence, dimensions and dtype of every observed variable and covariate.
+
+    Raises:
+        CohortError: On the first that does not fit.
+    """
+    for v in inputs(model):
+        where = f"{v.kind} variable {v.name!r}"
+        if v.name not in dataset.variables:
+            near = difflib.get_close_matches(v.name, [str(n) for n in dataset.variables], n=1)
+            remedy = f"did you mean {near[0]!r}? rename one of them" if near else "add it to the cohort, or drop it from the model"
+            raise CohortError(
+                "cohort lacks a variable of the model", where=where, expected=_shape(v.plates + v.dims), got=f"variables {_listed(dataset)}", remedy=remedy
+            )
+        found = dataset.variables[v.name]
+        if set(found.dims) != set(v.plates + v.dims):
+            extra, lacking = [d for d in found.dims if d not in v.plates + v.dims], [d for d in v.plates + v.dims if d not in found.dims]
+            hint = "; ".join(f"{word} {', '.join(map(repr, names))}" for word, names in (("drop or declare", extra), ("add", lacking)) if names)
+            raise CohortError("variable has the wrong dimensions", where=where, expected=_shape(v.plates + v.dims), got=_shape(found.dims), remedy=hint)
+        check_numeric(found, where)
+
+
+def check_numeric(variable: xr.Variable, where: str) -> None:
+    """Refuse anything but real numbers and booleans."""
+    dtype = variable.dtype
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
+        remedy = "encode text as numbers, times as durations, and give missing values as NaN in a float variable"
+        raise CohortError("variable has the wrong dtype", where=where, expected="float, integer or boolean", got=str(dtype), remedy=remedy)
+
+
+def event_sizes(dataset: xr.Dataset, model: Model, known: Mapping[str, int]) -> dict[str, int]:
+    """Size of each event dimension, from the cohort's dimensions and the model's `sizes`.
+
+    Raises:
+        CohortError: Given by neither, disagreeing, or zero.
+    """
+    sizes: dict[str, int] = {}
+    for dim in model.dims:
+        where, told, stored = f"event dimension {dim!r}", model.sizes.get(dim), dataset.sizes.get(dim, known.get(dim))
+        if told is None and stored is None:
+            raise CohortError(
+                "size of an event dimension is unknown",
+                where=where,
+                expected="a dimension of the cohort, or Model(sizes=...)",
+                got=f"dimensions {sorted(map(str, dataset.sizes))}",
+                remedy=f"Model(sizes={{{dim!r}: ...}})",
+            )
+        if told is not None and stored is not None and told != stored:
+            raise CohortError(
+                "size of an event dimension disagrees",
+                where=where,
+                expected=f"{told} as in Model(sizes=...)",
+                got=f"{stored} in the cohort",
+                remedy="correct one of them",
+            )
+        sizes[dim] = int(stored if told is None else told)  # type: ignore[arg-type]
+        if sizes[dim] < 1:
+            raise CohortError("event dimension is empty", where=where, expected="size 1 or more", got="size 0")
+    return sizes
+
+
+def find_indices(dataset: xr.Dataset, model: Model) -> dict[tuple[str, str], str]:
+    """`(child, parent)` -> name of the index variable, for each `within` of the model's plates.
+
+    Raises:
+        CohortError: None or several for a pair, wrong dimensions, wrong dtype.
+    """
+    found: dict[tuple[str, str], str] = {}
+    tagged = {str(n): v for n, v in dataset.variables.items() if INSTANCE in v.attrs}
+    for child, plate in model.plates.items():
+        for parent in plate.within:
+            names = [n for n, v in tagged.items() if v.attrs[INSTANCE] == parent and child in v.dims]
+            where = f"plate {child!r} within {parent!r}"
+            if not names:
+                raise _no_index(dataset, model, tagged, child, parent)
+            if len(names) > 1:
+                raise CohortError(
+                    "several index variables for one parent plate",
+                    where=where,
+                    expected="one",
+                    got=f"{sorted(names)}",
+                    remedy=f"drop attribute {INSTANCE!r} from all but one",
+                )
+            variable = tagged[names[0]]
+            where = f"index variable {names[0]!r} of {where}"
+            if variable.dims != (child,):
+                raise CohortError("index variable has the wrong dimensions", where=where, expected=_shape((child,)), got=_shape(variable.dims))
+            if not isinstance(variable.dtype, np.dtype) or variable.dtype.kind not in "iuf":
+                raise CohortError(
+                    "index variable has the wrong dtype", where=where, expected="integer positions, 0-based", got=str(variable.dtype), remedy=_REBUILD
+                )
+            found[child, parent] = names[0]
+    return found
+
+
+def _no_index(dataset: xr.Dataset, model: Model, tagged: Mapping[str, xr.Variable], child: str, parent: str) -> CohortError:
+    where = f"plate {child!r} within {parent!r}"
+    expected = f"an integer variable on {child!r} with attribute {INSTANCE!r}: {parent!r}"
+    for name, variable in tagged.items():
+        target = variable.attrs[INSTANCE]
+        if target == parent:
+            return CohortError(
+                "index variable has the wrong dimensions", where=f"index variable {name!r} of {where}", expected=_shape((child,)), got=_shape(variable.dims)
+            )
+        if child in variable.dims and target not in model.plates and target not in dataset.sizes:
+            got = f"variable {name!r} with {INSTANCE!r}: {target!r}"
+            return CohortError("index variable names an unknown plate", where=where, expected=expected, got=got, remedy=f"one of {sorted(model.plates)}")
+    return CohortError("index variable is missing", where=where, expected=expected, got=f"variables {_listed(dataset)}", remedy=_REBUILD)
+
+
+def build_layout(
+    dataset: xr.Dataset, model: Model, names: Mapping[tuple[str, str], str], values: Callable[[str, str], np.ndarray], known: Mapping[str, int]
+) -> Layout:
+    """Cardinalities and parent positions.
+
+    Args:
+        dataset: The cohort.
+        model: The model.
+        names: Index variables, of `find_indices`.
+        values: `(name, child)` -> the index variable's values.
+        known: Sizes told beforehand, of dimensions that the Dataset does not hold.
+
+    Raises:
+        CohortError: Empty plate, plate of unknown size, position that is not integral or out of range.
+    """
+    sizes = {p: int(dataset.sizes.get(p, known.get(p, -1))) for p in model.plates}
+    for plate, size in sizes.items():
+        _check_size(model, plate, size)
+    raw = {pair: _integral(values(name, pair[0]), f"index variable {name!r} of plate {pair[0]!r}") for pair, name in names.items()}
+    for plate in model.plates:
+        if sizes[plate] < 0:
+            sizes[plate] = 1 + max((int(v.max()) for (_, parent), v in raw.items() if parent == plate), default=-1)
+            if sizes[plate] == 0:
+                raise CohortError(
+                    "size of a plate is unknown",
+                    where=f"plate {plate!r}",
+                    expected=f"a dimension {plate!r} of the cohort, or an index variable that points to it",
+                    got=f"dimensions {sorted(map(str, dataset.sizes))}",
+                    remedy=f"give a variable or coordinate the dimension {plate!r}",
+                )
+    for (child, parent), v in raw.items():
+        _check_range(v, sizes[parent], f"index variable {names[child, parent]!r} of plate {child!r}", parent)
+    return Layout(model.plates, sizes, raw)
+
+
+def _check_size(model: Model, plate: str, size: int) -> None:
+    if size == 0:
+        raise CohortError(
+            "plate is empty", where=f"plate {plate!r}", expected="cardinality 1 or more", got="cardinality 0", remedy="check the filter that made the cohort"
+        )
+    told = model.sizes.get(plate)
+    if told is not None and size > 0 and told != size:
+        raise CohortError(
+            "cardinality disagrees",
+            where=f"plate {plate!r}",
+            expected=f"{told} as in Model(sizes=...)",
+            got=f"{size} in the cohort",
+            remedy="drop it from sizes: the cohort tells",
+        )
+
+
+def _integral(values: np.ndarray, where: str) -> np.ndarray:
+    if values.dtype.kind == "f":
+        bad = np.flatnonzero(~np.isfinite(values) | (np.trunc(values) != values))
+        if len(bad):
+            raise CohortError(
+                "index variable is not integral",
+                where=f"{where}, position {bad[0]}",
+                expected="integer positions, 0-based",
+                got=values[bad[0]],
+                remedy=_REBUILD,
+            )
+    return values.astype(np.int64, copy=False)
+
+
+def _check_range(values: np.ndarray, size: int, where: str, parent: str) -> None:
+    # Hundreds of millions of positions are common: no masks of that length unless something is wrong.
+    if values.min() < 0 or values.max() >= size:
+        bad = np.flatnonzero((values < 0) | (values >= size))
+        raise CohortError(
+            "index out of range",
+            where=f"{where}, position {bad[0]}",
+            expected=f"0 to {size - 1}, the positions in plate {parent!r}",
+            got=f"{values[bad[0]]} ({len(bad)} such)",
+            remedy=f"positions are 0-based; the cardinality of {parent!r} is the size of its dimension",
+        )
+
+
+def check_labels(dataset: xr.Dataset, model: Model) -> None:
+    """Labels of a plate name its units: each once."""
+    for plate in model.plates:
+        index = dataset.indexes.get(plate)
+        if index is not None and not index.is_unique:
+            at = int(np.flatnonzero(index.duplicated())[0])
+            raise CohortError(
+                "two units of a plate have the same label",
+                where=f"coordinate {plate!r}, position {at}",
+                expected="unique labels",
+                got=repr(index[at]),
+                remedy="rename or merge the units",
+            )
+
+
+def _shape(dims: tuple[object, ...]) -> str:
+    return f"dimensions ({', '.join(map(str, dims))})"
+
+
+def _listed(dataset: xr.Dataset, most: int = 12) -> str:
+    names = sorted(map(str, dataset.variables))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

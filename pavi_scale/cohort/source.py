@@ -1,0 +1,123 @@
+"""Opening a cohort source: a Dataset, or a Zarr store behind a path or URL."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader
+from pavi_scale.errors import CohortError
+
+_CODING = ("scale_factor", "add_offset", "_Unsigned")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened cohort source.
+
+    Args:
+        dataset: All variables, lazily where they are not in memory.
+        label: Path or URL, or None for a Dataset in memory.
+        arrays: The Zarr arrays by name (empty for a Dataset).
+    """
+
+    dataset: xr.Dataset
+    label: str | None = None
+    arrays: Mapping[str, ZarrArray] = field(default_factory=dict)
+
+    def reader(self, name: str, dims: tuple[str, ...]) -> Reader:
+        """Reader of a variable, axes in the order of `dims`."""
+        variable = self.dataset.variables[name].transpose(*dims)
+        if name not in self.arrays:
+            # Dask and lazily decoded arrays are computed block by block; `values` of all others is there already.
+            return MemoryReader(variable.values) if variable._in_memory else LazyReader(variable)
+        stored = ZarrReader(self.arrays[name], tuple(self.dataset.variables[name].dims.index(d) for d in dims))
+        return stored if _is_plain(variable, stored.array) else LazyReader(variable, stored)
+
+
+def _is_plain(variable: xr.Variable, array: ZarrArray) -> bool:
+    """Whether the stored numbers are the decoded ones: no packing, no sentinel for missing values but NaN."""
+    coding = variable.encoding
+    fills = [coding[key] for key in ("_FillValue", "missing_value") if key in coding]
+    nan_only = all(isinstance(f, (float, np.floating)) and math.isnan(f) for f in fills)
+    return variable.dtype == np.dtype(array.dtype) and nan_only and not any(key in coding for key in _CODING)
+
+
+def is_url(path: str) -> bool:
+    """Whether a string names a store by URL rather than a local path."""
+    return "://" in path or "::" in path
+
+
+def open_source(source: xr.Dataset | str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Source:
+    """Open a Dataset, path or URL; nothing but metadata and dimension coordinates is read.
+
+    Raises:
+        CohortError: Not a Dataset or path; the store is missing, unreadable or inconsistent.
+    """
+    if isinstance(source, xr.Dataset):
+        return Source(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise CohortError("a cohort is an xarray.Dataset, or a path or URL of a Zarr store", where="cohort", got=type(source).__name__)
+    label = os.fspath(source)
+    if not is_url(label):
+        label = os.path.abspath(os.path.expanduser(label))
+        if storage_options:
+            raise CohortError("storage options are for URLs", where=f"cohort {label!r}", got=f"options {sorted(storage_options)}", remedy="drop them")
+    try:
+        group = zarr.open_group(label, mode="r", storage_options=dict(storage_options) if storage_options else None)
+        arrays = dict(group.arrays())
+    except STORE_ERRORS as error:
+        raise _unreadable(label, error) from error
+    simulation = group.attrs.get("pavi_simulation")
+    if isinstance(simulation, dict) and simulation.get("complete") is False:
+        raise CohortError("simulated cohort is incomplete", where=f"cohort {label!r}", got="a simulation that was cut short", remedy="run ps.simulate again")
+    _check_dimensions(label, arrays)
+    try:
+        consolidated = group.metadata.consolidated_metadata is not None
+        # Neither dask's graph nor xarray's cache: `dataset` stays lazy however much of it was looked at.
+        opener: Any = xr.open_dataset  # its annotation leaves out Zarr stores, which it takes
+        dataset = opener(group.store, engine="zarr", group=group.path or None, consolidated=consolidated, decode_timedelta=False, chunks=None, cache=False)
+    except STORE_ERRORS as error:
+        raise _unreadable(label, error) from error
+    return Source(dataset, label, arrays)
+
+
+def _unreadable(label: str, error: Exception) -> CohortError:
+    got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    remedy = "check the path, the credentials and that xarray.open_zarr reads it"
+    if isinstance(error, FileNotFoundError):
+        remedy = "check the path; write a cohort with Dataset.to_zarr"
+    if isinstance(error, ImportError):
+        remedy = "install the fsspec backend of that URL scheme, such as s3fs"
+    return CohortError("cohort store cannot be read", where=f"cohort {label!r}", expected="a Zarr group that holds an xarray.Dataset", got=got, remedy=remedy)
+
+
+def _check_dimensions(label: str, arrays: Mapping[str, ZarrArray]) -> None:
+    """Refuse arrays without dimension names, or that disagree on a dimension's size; xarray's own messages do not name the store."""
+    seen: dict[str, tuple[int, str]] = {}
+    for name, array in sorted(arrays.items()):
+        names: Any = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
+        if array.ndim and (names is None or None in names):
+            where = f"variable {name!r} of cohort {label!r}"
+            raise CohortError(
+                "array without dimension names", where=where, expected=f"{array.ndim} dimension names", got=names, remedy="write it with Dataset.to_zarr"
+            )
+        if 0 in (array.shards or array.chunks) and 0 not in array.shape:
+            raise CohortError("chunks of length zero", where=f"variable {name!r} of cohort {label!r}", expected="1 or more", got=array.shards or array.chunks)
+        for dim, size in zip(names or (), array.shape, strict=True):
+            known, other = seen.setdefault(dim, (size, name))
+            if known != size:
+                raise CohortError(
+                    "coordinate or variable lengths disagree along a dimension",
+                    where=f"dimension {dim!r} of cohort {label!r}",
+                    expected=f"{known} as in {other!r}",
+                    got=f"{size} in {name!r}",
+                    remedy="align both to the same units and write the store again",
+                )

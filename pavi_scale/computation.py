@@ -1,0 +1,391 @@
+"""What a worker computes: bounds, gradients and posterior moments of one task, from weights and data.
+
+A task names ground units; a `StudyComputation` reads their data (and keeps them while memory allows), builds the reduced model and answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavi_scale.batching import Shard, closure, splittable
+from pavi_scale.cohort import Cohort, CohortSpec
+from pavi_scale.elbo import Weights, correctors, local_elbo, reduced_elbo
+from pavi_scale.errors import NumericalError
+from pavi_scale.guide.blocks import Block, Component
+from pavi_scale.guide.correction import Corrections, observations
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.guide import Guide, log_ratios, unit_ratios
+from pavi_scale.guide.guide import weights as unit_weights
+from pavi_scale.guide.local import context, draw, fit_core
+from pavi_scale.guide.root import RootSpace
+from pavi_scale.model.density import Graph
+from pavi_scale.model.template import Model
+from pavi_scale.moments import Moments
+from pavi_scale.plates import Layout, Selection
+from pavi_scale.posterior.store import PosteriorWriter
+from pavi_scale.reduced import Reduced, Value, read
+from pavi_scale.rng import stream
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a study is computed; plain data, recorded with the run.
+
+    Args:
+        free: Plate sets with free encodings.
+        schemes: Block name -> scheme of its learned correction.
+        structure: What `probe` found of the components.
+        split: The plate that shards divide.
+        dtype: "float64" or "float32".
+        threads: torch threads of a task.
+        cache_bytes: Data kept between rounds, per process.
+        chunk: Ground units x particles computed at once.
+    """
+
+    free: tuple[tuple[str, ...], ...] = ()
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    structure: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    split: str | None = None
+    dtype: str = "float64"
+    threads: int = 1
+    cache_bytes: int = 1 << 30
+    chunk: int = 1 << 18
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """Picklable recipe of a `StudyComputation`."""
+
+    model: Model
+    cohort: CohortSpec
+    settings: Settings
+
+    @property
+    def threads(self) -> int:
+        """torch threads of a task."""
+        return self.settings.threads
+
+    def build(self) -> StudyComputation:
+        """Open the cohort and build the guide."""
+        cohort = self.cohort.open(self.model)
+        return StudyComputation(make_graph(cohort), cohort, self.settings)
+
+
+@contextlib.contextmanager
+def precision(dtype: torch.dtype) -> Iterator[None]:
+    """Default dtype inside, so that constants written in laws have the precision of the computation."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_graph(cohort: Cohort) -> Graph:
+    """The cohort's model with event sizes, its laws looked at once with the first unit's covariates."""
+    example = {}
+    for v in cohort.model.of_kind("covariate"):
+        first = cohort.read(v.name, {p: np.arange(1) for p in v.plates})
+        example[v.name] = torch.as_tensor(first.reshape(first.shape[len(v.plates) :])).to(torch.float64)
+    with precision(torch.float64):
+        return Graph(cohort.model, cohort.event_sizes, example)
+
+
+class StudyComputation:
+    """Answers the tasks of one study.
+
+    Args:
+        graph: The model with its links.
+        cohort: Where the data are.
+        settings: How to compute.
+    """
+
+    def __init__(self, graph: Graph, cohort: Cohort, settings: Settings) -> None:
+        self.graph, self.cohort, self.settings = graph, cohort, settings
+        self.layout: Layout = cohort.layout
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
+        self._cache: OrderedDict[object, tuple[Reduced, int]] = OrderedDict()
+        self._corrections: Corrections | None = None
+        plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
+        data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
+        self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype, partial=True))
+
+    # -- data -------------------------------------------------------------------------------------------------------------------
+
+    def reduced(self, selection: Selection, names: Sequence[str] | None = None, key: object = None) -> Reduced:
+        """The reduced model of a selection; kept under `key` while memory allows."""
+        if key is not None and key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key][0]
+        wanted = names if names is not None else [v.name for v in self.graph.model.of_kind("observed", "covariate")]
+        data = read(self.graph, selection, wanted, self.cohort)
+        made = Reduced(self.graph, selection, data, dtype=self.dtype, partial=names is not None)
+        if key is not None:
+            size = 2 * sum(x.numel() * x.element_size() for x in made.data.values())
+            if size <= self.settings.cache_bytes:
+                while self._cache and sum(s for _, s in self._cache.values()) + size > self.settings.cache_bytes:
+                    self._cache.popitem(last=False)
+                self._cache[key] = made, size
+        return made
+
+    def shard(self, task: Mapping[str, Any]) -> tuple[Reduced, Shard]:
+        """The reduced model of a task's shard."""
+        shard = Shard(*task["shard"])
+        return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
+
+    def per_chunk(self, reduced: Reduced) -> int:
+        """Particles computed at once."""
+        units = max((reduced.count(v.plates) for v in self.graph.model.of_kind("observed", "latent")), default=1)
+        return max(1, self.settings.chunk // max(units, 1))
+
+    # -- weights ----------------------------------------------------------------------------------------------------------------
+
+    def corrections(self, state: Arrays, reduced: Reduced) -> Corrections | None:
+        """The corrections, loaded with the state's weights; None if there are none."""
+        stored = {k.removeprefix("correction/"): v for k, v in state.items() if k.startswith("correction/")}
+        if not stored:
+            return None
+        if self._corrections is None:
+            self._corrections = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.dtype)
+        self._corrections.load_state_dict({k: torch.tensor(v, dtype=self.dtype) for k, v in stored.items()})
+        return self._corrections
+
+    def fresh_corrections(self, reduced: Reduced, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Untrained corrections (the identity) as state, their inputs standardised on a reduced model; empty if no block can have one."""
+        with precision(self.dtype), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            made = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.dtype)
+            root = self.space.values(torch.tensor(points, dtype=self.dtype))
+            for component in self.guide.components:
+                mine = [b for b in component.blocks if b.name in made.names()]
+                if not mine:
+                    continue
+                core = fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False, quadratic=self.guide.quadratic[component.name])
+                for block in mine:
+                    part = made.part(block.name)
+                    part.standardise(context(core, core.expansion.gaussian, block.name))
+                    if part.encoder is not None:
+                        part.encoder.standardise(observations(reduced, block)[0])
+        self._corrections = None
+        out = {f"correction/{k}": v.to(torch.float64).numpy().copy() for k, v in made.state_dict().items()}
+        for name in made.names():
+            if self.settings.schemes[name] == "hybrid":
+                block = self.block(name)
+                out[f"residual/{name}"] = np.zeros((math.prod(self.layout.cardinality[p] for p in block.plates), 2 * block.dim))
+        return out
+
+    def prior_rows(self, block: Block, root: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """Initial free rows `[count, 2 d]`: near the conditional prior mean at a root point, with unit precision."""
+        component = next(c for c in self.guide.components if block in c.blocks)
+        names = inputs_of(self.graph.model, component)
+        selection = closure(self.layout, {p: np.arange(1) for p in splittable(self.graph.model, self.guide.components)})
+        selection = Selection(self.layout, selection.units, selection.weight)
+        with precision(self.dtype):
+            values = self.space.values(torch.tensor(root[None], dtype=self.dtype))
+            start = LocalModel(component, self.reduced(selection, names), values, {}, 1).start()[block.name]
+            flat = torch.cat([LocalModel.columns_of(component, block, n, start) for n in block.latents], -1)[0, 0]
+        noise = np.random.default_rng(seed).normal(size=(count, block.dim))
+        return np.concatenate([flat.to(torch.float64).numpy() + 0.05 * noise, np.zeros((count, block.dim))], 1)
+
+    def rows(self, state: Arrays, selection: Selection, kind: str, *, grad: bool = False) -> dict[str, Tensor]:
+        """Rows of the selected units: from a task's or state's `kind/block` table, sliced where it is whole."""
+        out = {}
+        for block in self.guide.blocks:
+            table = state.get(f"{kind}/{block.name}")
+            if table is not None:
+                at = flat_positions(self.layout, selection, block)
+                out[block.name] = torch.tensor(table[at], dtype=self.dtype, requires_grad=grad)
+        return out
+
+    def weights(self, state: Arrays, reduced: Reduced) -> Weights:
+        """All weights of a state, for the units of a reduced model."""
+        sites = {b: tuple(t.chunk(2, -1)) for b, t in self.rows(state, reduced.selection, "site").items()}
+        loc = torch.tensor(state["root/loc"], dtype=self.dtype)
+        raw = torch.tensor(state["root/raw"], dtype=self.dtype)
+        return Weights(loc, raw, sites, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))  # type: ignore[arg-type]
+
+    # -- tasks ------------------------------------------------------------------------------------------------------------------
+
+    def compute(self, kind: str, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Answer one task of a round."""
+        with precision(self.dtype):
+            answer = getattr(self, f"task_{kind}", None)
+            if answer is None:
+                raise NumericalError("unknown kind of task", got=kind)
+            return answer(state, task)  # type: ignore[no-any-return]
+
+    def task_bound(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """sum_n L_n(root_k) of a shard at `state["points"]` `[K, R]`, with gradients if the task asks for them."""
+        reduced, shard = self.shard(task)
+        points, gradient, samples = state["points"], bool(task.get("gradient")), int(task.get("samples", 0))
+        weights = Weights(torch.zeros(0), torch.zeros(0, 0), {}, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))
+        corrections = correctors(weights, reduced)
+        size = self.per_chunk(reduced) // max(1, samples) or 1
+        bounds, grads = [], []
+        for start in range(0, len(points), size):
+            z = torch.tensor(points[start : start + size], dtype=self.dtype, requires_grad=gradient)
+            noise = shared_noise(stream(int(task.get("seed", 0)), "bound", shard.start), len(z), self.dtype)
+            value = self.guide.local_bound(
+                reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, differentiable=gradient,
+                samples=0 if gradient else samples, noise=noise, corrections=corrections,
+            )
+            bounds.append(value.detach().to(torch.float64).numpy())
+            if gradient:
+                grads.append(torch.autograd.grad(value.sum(), z)[0].to(torch.float64).numpy() if value.requires_grad else np.zeros(z.shape))
+        out = {"bound": np.concatenate(bounds)}
+        return {**out, "gradient": np.concatenate(grads)} if gradient else out
+
+    def task_ratios(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """log p - log q of M draws per unit of each finest block at one root point: `ratio/<block>` `[M, n]`, `units/<block>/<plate>`.
+
+        Linear-Gaussian components are left out: their ratios are constant.
+        """
+        reduced, shard = self.shard(task)
+        weights = self.weights(state, reduced)
+        corrections = correctors(weights, reduced)
+        noise = generator_noise(stream(int(task["seed"]), "ratios", shard.start), self.dtype)
+        values: dict[str, Value] = dict(self.space.values(torch.tensor(state["points"], dtype=self.dtype)))
+        out: dict[str, np.ndarray] = {}
+        with torch.no_grad():
+            for component in self.guide.components:
+                quadratic = self.guide.quadratic[component.name]
+                core = fit_core(LocalModel(component, reduced, values, weights.sites, 1), differentiable=False, quadratic=quadratic)
+                values.update(draw(core, noise, corrections).values)
+                if quadratic or not component.tree or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
+                    continue
+                for name, ratio in unit_ratios(core, noise, int(task["samples"]), corrections).items():
+                    out[f"ratio/{name}"] = ratio.to(torch.float64).numpy()
+                    out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in self.block(name).plates})
+        return out
+
+    def task_correct(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Gradient of the local ELBO with respect to the corrections, root points given: `state["points"]` `[K, R]`."""
+        selection = closure(self.layout, task["units"], task["weight"])
+        reduced = self.reduced(selection, key=("whole",) if not task["units"] else None)
+        corrections = self.corrections(state, reduced)
+        if corrections is None:
+            raise NumericalError("no corrections to train")
+        residuals = self.rows(state, selection, "residual", grad=True)
+        weights = Weights(torch.zeros(0), torch.zeros(0, 0), {}, residuals, corrections)
+        root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
+        noise = generator_noise(stream(int(task["seed"]), "correct"), self.dtype)
+        total = torch.zeros(())
+        for component in self.guide.components:
+            if not any(b.name in corrections.names() for b in component.blocks):
+                continue
+            core = fit_core(LocalModel(component, reduced, root, {}, len(state["points"])), differentiable=False, quadratic=self.guide.quadratic[component.name])
+            ratio = log_ratios(core, noise, 2, correctors(weights, reduced))  # type: ignore[arg-type]
+            total = total + (ratio.mean((0, 1)) * unit_weights(core)).sum()
+        names = [n for n, p in corrections.named_parameters() if p.requires_grad]
+        tensors = [p for p in corrections.parameters() if p.requires_grad] + list(residuals.values())
+        grads = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
+        keys = [f"correction/{n}" for n in names] + [f"residual/{b}" for b in residuals]
+        out = {f"grad/{k}": g.to(torch.float64).numpy() for k, g in zip(keys, grads, strict=True)}
+        out.update({f"at/residual/{b}": flat_positions(self.layout, selection, self.block(b)) for b in residuals})
+        return {"elbo": np.asarray(float(total.detach())), **out}
+
+    def task_step(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Reduced ELBO and its gradient with respect to root block and sites, on one random selection.
+
+        The task brings the rows of the units it selects: `site/<block>` `[n, 2 d]`.
+        """
+        selection = closure(self.layout, task["units"], task["weight"])
+        reduced = self.reduced(selection, key=("whole",) if not task["units"] else None)
+        leaves = {k: torch.tensor(state[k], dtype=self.dtype, requires_grad=True) for k in ("root/loc", "root/raw")}
+        sites = {b: torch.tensor(task[f"site/{b.name}"], dtype=self.dtype, requires_grad=True) for b in self.guide.blocks if b.free}
+        weights = Weights(leaves["root/loc"], leaves["root/raw"], {b.name: tuple(t.chunk(2, -1)) for b, t in sites.items()})  # type: ignore[misc]
+        seed, particles = int(task["seed"]), int(task["particles"])
+        generator = torch.Generator().manual_seed(stream(seed, "root") % 2**63)
+        eps = torch.randn(particles, len(state["root/loc"]), generator=generator, dtype=self.dtype)
+        elbo = reduced_elbo(self.guide, reduced, self.space, weights, eps, generator_noise(stream(seed, "local"), self.dtype)).mean()
+        tensors = [*leaves.values(), *sites.values()]
+        grads = torch.autograd.grad(elbo, tensors, allow_unused=True, materialize_grads=True)
+        keys = [*leaves, *(f"site/{b.name}" for b in sites)]
+        return {"elbo": np.asarray(float(elbo.detach())), **{f"grad/{k}": g.to(torch.float64).numpy() for k, g in zip(keys, grads, strict=True)}}
+
+    def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""
+        reduced, shard = self.shard(task)
+        weights = self.weights(state, reduced)
+        points, size, noise = state["points"], self.per_chunk(reduced), generator_noise(stream(int(task["seed"]), "elbo", shard.start), self.dtype)
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(points), size):
+                z = torch.tensor(points[start : start + size], dtype=self.dtype)
+                value = local_elbo(self.guide, reduced, self.space.values(z), weights, noise, particles=len(z), differentiable=False, split=shard.plate, first=shard.first)
+                parts.append(value.to(torch.float64).numpy())
+        return {"bound": np.concatenate(parts)}
+
+    def task_moments(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Posterior mean and sd of a shard's latents over root points `state["points"]`: written to the store, or returned.
+
+        A latent is written here if the shard is a whole region of its array; the others come back as `mean/<latent>`, `sd/<latent>`,
+        with the positions of ragged units as `units/<plate>`.
+        """
+        reduced, shard = self.shard(task)
+        points, size = state["points"], self.per_chunk(reduced)
+        moments = Moments(self.guide, reduced, self.weights(state, reduced), generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype), int(task["repeats"]))
+        with torch.no_grad():
+            for start in range(0, len(points), size):
+                part = points[start : start + size]
+                moments.add(self.space.values(torch.tensor(part, dtype=self.dtype)), len(part))
+        out: dict[str, np.ndarray] = {}
+        for name, (mean, sd) in moments.result().items():
+            plates = self.graph.model.variables[name].plates
+            if not self.guide.counted(reduced, plates, shard.plate, shard.first):
+                continue
+            if not np.isfinite(mean).all() or not np.isfinite(sd).all():
+                bad = np.argwhere(~(np.isfinite(mean) & np.isfinite(sd)))[0]
+                where = {p: int(reduced.selection.units[p][i]) for p, i in zip(plates, bad, strict=False)}
+                raise NumericalError("posterior moment is not finite", where=f"latent {name!r}, unit {where}")
+            if shard.plate in plates and task.get("run"):
+                PosteriorWriter.open(task["run"]).write(name, {shard.plate: slice(shard.start, shard.stop)}, mean, sd)
+                continue
+            out[f"mean/{name}"], out[f"sd/{name}"] = mean, sd
+            out.update({f"units/{p}": reduced.selection.units[p] for p in plates})
+        return out
+
+    def block(self, name: str) -> Block:
+        """A block by name."""
+        return next(b for b in self.guide.blocks if b.name == name)
+
+
+def inputs_of(model: Model, component: Component) -> list[str]:
+    """Covariates that the laws of a component's own latents read."""
+    own = {n for b in component.blocks for n in b.latents}
+    return [n for n in model.variables if model.variables[n].kind == "covariate" and any(n in model.variables[o].parents for o in own)]
+
+
+def flat_positions(layout: Layout, selection: Selection, block: Block) -> np.ndarray:
+    """Positions of the selected units of a block in its table of rows."""
+    grid = np.ix_(*(selection.units[p] for p in block.plates))
+    return np.ravel_multi_index(grid, [layout.cardinality[p] for p in block.plates]).ravel()
+
+
+def generator_noise(seed: int, dtype: torch.dtype) -> Any:
+    """Independent normals for every particle."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return lambda block, shape: torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def shared_noise(seed: int, particles: int, dtype: torch.dtype) -> Any:
+    """The same normals for every root point (common random numbers): differences between points keep less noise."""
+    def noise(block: Block, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(stream(seed, block.name) % 2**63)
+        own = torch.randn((shape[0] // particles, *shape[1:]), generator=generator, dtype=dtype)
+        return own.repeat(particles, *([1] * (len(shape) - 1)))
+
+    return noise

@@ -1,0 +1,69 @@
+"""Diagnostics of a fit: Pareto k-hat per ground unit given its parents, and the status they amount to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pavi_scale.computation import StudyComputation
+from pavi_scale.psis import khat
+from pavi_scale.server.protocol import Engine
+
+SAMPLES = 128  # draws per unit: a tail of 26
+LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
+UNITS = 100_000  # ground units whose k-hat is computed; the rest of a larger plate is left unknown (NaN)
+
+
+def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], seed: int, tasks: Sequence[Mapping[str, Any]]) -> tuple[str, xr.Dataset]:
+    """Status and the group `diagnostics`: `khat` of the finest block, `khat_<block>` of each, `khat_root`.
+
+    Linear-Gaussian components have constant importance weights: k-hat -1, nothing is computed.
+    """
+    guide, layout = computation.guide, computation.layout
+    tables: dict[str, np.ndarray] = {}
+    plates: dict[str, tuple[str, ...]] = {}
+    for component in guide.components:
+        for block in component.blocks:
+            name = f"khat_{block.name.replace('*', '_')}"
+            plates[name] = block.plates
+            value = -1.0 if guide.quadratic[component.name] and not block.free else np.nan
+            tables[name] = np.full([layout.cardinality[p] for p in block.plates], value)
+    if not guide.exact and guide.components:
+        weight = state["pool/weight"]
+        point = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), 0.5).clip(0, len(weight) - 1))]]
+        done = 0
+        for task in tasks:
+            (answer,) = engine.round("ratios", {**state, "points": point}, [{**task, "samples": SAMPLES, "seed": seed}])
+            for key, ratios in answer.items():
+                if key.startswith("ratio/"):
+                    name = f"khat_{key.removeprefix('ratio/').replace('*', '_')}"
+                    at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
+                    tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
+                    done += ratios.shape[1]
+            if done > UNITS:
+                break
+    dataset = xr.Dataset({n: (plates[n], v) for n, v in tables.items()})
+    for p in {p for ps in plates.values() for p in ps}:
+        labels = computation.cohort.coordinate(p)
+        dataset = dataset.assign_coords({p: labels}) if labels is not None else dataset
+    root = facts.get("khat_root")
+    dataset["khat_root"] = float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
+    dataset["khat"] = dataset[max(tables, key=lambda n: tables[n].size)] if tables else dataset["khat_root"]
+    return status_of(facts, tables, root), dataset
+
+
+def status_of(facts: Mapping[str, Any], tables: Mapping[str, np.ndarray], root: float | None) -> str:
+    """`unconverged` if a search did not meet its criterion; `unreliable` if importance weights say that q is not near p."""
+    if not facts["converged"]:
+        return "unconverged"
+    if root is not None and not root <= LIMIT + 0.1:
+        return "unreliable"
+    for table in tables.values():
+        known = table[np.isfinite(table)]
+        if known.size and (known > LIMIT).mean() > 0.1:
+            return "unreliable"
+    return "ok" if all(math.isfinite(v) for _, v in facts["trace"][-1:] if v is not None) else "unconverged"

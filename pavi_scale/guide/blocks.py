@@ -1,0 +1,203 @@
+"""Blocks and components: which local latents are inferred together.
+
+A block gathers the latents of equal plates. A law that touches two blocks couples them; coupled blocks form a component.
+A block with *free* encodings takes part in the laws of its own latents only: what its other children say is in its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from pavi_scale.model.density import Graph
+from pavi_scale.model.template import Variable
+from pavi_scale.plates import Plate, ancestors
+
+DENSE_LIMIT = 1500  # unconstrained coordinates of a component that is solved as one dense Gaussian: a factorisation is then ~1 GFLOP
+
+
+@dataclass(frozen=True)
+class Block:
+    """Latents on equal plates.
+
+    Args:
+        plates: The plates, in the axis order of the first latent.
+        latents: Names, parents first.
+        sizes: Unconstrained coordinates of each latent.
+        free: Whether rows stand for the data below.
+    """
+
+    plates: tuple[str, ...]
+    latents: tuple[str, ...]
+    sizes: tuple[int, ...]
+    free: bool = False
+
+    @property
+    def name(self) -> str:
+        """The plates, joined."""
+        return "*".join(self.plates)
+
+    @property
+    def dim(self) -> int:
+        """Unconstrained coordinates of one unit."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The law of one variable, and the latents of each block in the component that it touches."""
+
+    variable: str
+    touches: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """Blocks that are inferred jointly, coarse to fine.
+
+    Args:
+        blocks: The blocks.
+        factors: Laws that the component answers for.
+        couplings: Block name -> coarser blocks it is coupled to when it is eliminated (fill-in counted).
+        tree: Whether elimination from fine to coarse stays local; else the component is one dense Gaussian.
+        elementwise: Whether coordinates of different event index are independent: C = event size, e = latents per block.
+    """
+
+    blocks: tuple[Block, ...]
+    factors: tuple[Factor, ...]
+    couplings: Mapping[str, tuple[str, ...]]
+    tree: bool
+    elementwise: bool = False
+
+    @property
+    def name(self) -> str:
+        """The blocks' names, joined."""
+        return "+".join(b.name for b in self.blocks)
+
+    def shape(self, block: Block) -> tuple[int, int]:
+        """(C, e): independent copies of a unit's coordinates, and coordinates in each."""
+        return (block.sizes[0], len(block.sizes)) if self.elementwise else (1, block.dim)
+
+    def columns(self, block: Block, latent: str) -> list[int]:
+        """Positions on the e axis of a latent's coordinates."""
+        i = block.latents.index(latent)
+        if self.elementwise:
+            return [i]
+        start = sum(block.sizes[:i])
+        return list(range(start, start + block.sizes[i]))
+
+    def top(self, plates: Mapping[str, Plate]) -> Block | None:
+        """The block that every other lies below, if there is one."""
+        first = self.blocks[0]
+        return first if all(lies_below(plates, b.plates, first.plates) for b in self.blocks) else None
+
+
+def lies_below(plates: Mapping[str, Plate], fine: Iterable[str], coarse: Iterable[str]) -> bool:
+    """Whether each unit on plates `fine` has exactly one unit on plates `coarse`."""
+    reach = {q for p in fine for q in (p, *ancestors(plates, p))}
+    return set(coarse) <= reach
+
+
+def make_blocks(graph: Graph, free: frozenset[frozenset[str]] = frozenset()) -> list[Block]:
+    """The blocks of a model's local latents, coarse to fine, in template order."""
+    groups: dict[frozenset[str], list[Variable]] = {}
+    for v in graph.model.latents:
+        if v.plates:
+            groups.setdefault(frozenset(v.plates), []).append(v)
+    blocks = [
+        Block(members[0].plates, tuple(v.name for v in members), tuple(graph.links[v.name].size for v in members), key in free)
+        for key, members in groups.items()
+    ]
+    plates = graph.model.plates
+    ordered: list[Block] = []
+    while blocks:  # a block follows every block it lies strictly below
+        ready = next(b for b in blocks if not any(o is not b and lies_below(plates, b.plates, o.plates) and not lies_below(plates, o.plates, b.plates) for o in blocks))
+        ordered.append(ready)
+        blocks.remove(ready)
+    return ordered
+
+
+def make_components(graph: Graph, blocks: Sequence[Block]) -> list[Component]:
+    """Components in an order in which each needs values of earlier ones only."""
+    owner = {name: b for b in blocks for name in b.latents}
+    touches: dict[str, list[tuple[Block, tuple[str, ...]]]] = {}
+    for v in graph.model.of_kind("latent", "observed"):
+        involved = [n for n in (*v.parents, v.name) if n in owner and not (owner[n].free and v.name not in owner[n].latents)]
+        per_block = [(b, tuple(n for n in b.latents if n in involved)) for b in blocks]
+        touches[v.name] = [(b, names) for b, names in per_block if names]
+    group = {b.name: i for i, b in enumerate(blocks)}
+    for touched in touches.values():
+        for a, b in combinations([t[0] for t in touched], 2):
+            old, new = group[b.name], group[a.name]
+            group = {name: new if g == old else g for name, g in group.items()}
+    components = []
+    for g in dict.fromkeys(group.values()):
+        members = tuple(b for b in blocks if group[b.name] == g)
+        names = {b.name for b in members}
+        factors = tuple(Factor(v, tuple((b.name, n) for b, n in t)) for v, t in touches.items() if t and t[0][0].name in names)
+        couplings, tree = _symbolic(graph.model.plates, members, factors)
+        components.append(Component(members, factors, couplings, tree))
+    return _in_order(graph, components)
+
+
+def _symbolic(plates: Mapping[str, Plate], blocks: Sequence[Block], factors: Sequence[Factor]) -> tuple[dict[str, tuple[str, ...]], bool]:
+    """Symbolic elimination, fine to coarse: couplings with fill-in, and whether each stays on one path of plates."""
+    by_name = {b.name: b for b in blocks}
+    neighbours: dict[str, set[str]] = {b.name: set() for b in blocks}
+    for factor in factors:
+        for (a, _), (b, _) in combinations(factor.touches, 2):
+            neighbours[a].add(b)
+            neighbours[b].add(a)
+    couplings: dict[str, tuple[str, ...]] = {}
+    position = {b.name: i for i, b in enumerate(blocks)}
+    for block in reversed(blocks):
+        coarser = sorted((n for n in neighbours[block.name] if position[n] < position[block.name]), key=position.__getitem__)
+        for a, b in combinations([*coarser, block.name], 2):
+            if not lies_below(plates, by_name[b].plates, by_name[a].plates):
+                return {}, False
+            neighbours[a].add(b)
+            neighbours[b].add(a)
+        couplings[block.name] = tuple(coarser)
+    return couplings, True
+
+
+def _in_order(graph: Graph, components: list[Component]) -> list[Component]:
+    mine = {n: c.name for c in components for b in c.blocks for n in b.latents}
+    needs = {
+        c.name: {mine[p] for f in c.factors for p in (*graph.model.variables[f.variable].parents, f.variable) if p in mine} - {c.name}
+        for c in components
+    }
+    ordered: list[Component] = []
+    while components:
+        ready = next(c for c in components if needs[c.name] <= {o.name for o in ordered})
+        ordered.append(ready)
+        components = [c for c in components if c is not ready]
+    return ordered
+
+
+def coordinates(component: Component, cardinality: Mapping[str, int]) -> int:
+    """Unconstrained coordinates of a whole component."""
+    return sum(b.dim * math.prod(cardinality[p] for p in b.plates) for b in component.blocks)
+
+
+def choose_free(graph: Graph, cardinality: Mapping[str, int], forced: frozenset[frozenset[str]] = frozenset()) -> frozenset[frozenset[str]]:
+    """The fewest coarse blocks to free so that every component is a tree or small enough to be dense.
+
+    The block whose units have most children goes first: its site is the most concentrated, so freeing it costs least.
+    """
+    free = forced
+    while True:
+        blocks = make_blocks(graph, free)
+        hard = [c for c in make_components(graph, blocks) if not c.tree and coordinates(c, cardinality) > DENSE_LIMIT]
+        if not hard:
+            return free
+
+        def fan_in(block: Block, component: Component) -> float:
+            below = [f.variable for f in component.factors if block.name in dict(f.touches) and f.variable not in block.latents]
+            units = math.prod(cardinality[p] for p in block.plates)
+            return max((math.prod(cardinality[p] for p in graph.model.variables[n].plates) / units for n in below), default=0.0)
+
+        candidates = [b for b in hard[0].blocks if not b.free]
+        free = free | {frozenset(max(candidates, key=lambda b: fan_in(b, hard[0])).plates)}

@@ -1,0 +1,128 @@
+"""Learned corrections of the Gaussian core: one conditional flow per block, shared over its plates.
+
+In the core's whitened coordinates the posterior of every unit is close to a standard normal, so one small flow, given the unit's
+encoding, serves a whole plate. Hybrid blocks add one residual row (shift, log scale) per ground unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pavi_scale.encodings import SetEncoder
+from pavi_scale.flows import ConditionalFlow
+from pavi_scale.guide.blocks import Block, Component, lies_below
+from pavi_scale.reduced import Reduced
+
+ENCODING = 8
+HIDDEN = 32
+
+
+class BlockCorrection(nn.Module):
+    """u' = flow(u; context network(mode, log curvature, set encoding)) per unit and event copy.
+
+    Args:
+        block: The block.
+        e: Coordinates of one copy.
+        inputs: Features of one observation below the block; 0 for no set encoder.
+    """
+
+    def __init__(self, block: Block, e: int, inputs: int) -> None:
+        super().__init__()
+        self.block, self.e = block, e
+        self.encoder = SetEncoder(inputs, ENCODING) if inputs else None
+        self.network = nn.Sequential(nn.Linear(2 * e + (ENCODING if inputs else 0), HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
+        self.flow = ConditionalFlow(e, HIDDEN)
+        self.register_buffer("loc", torch.zeros(2 * e))
+        self.register_buffer("scale", torch.ones(2 * e))
+
+    def standardise(self, context: Tensor) -> None:
+        """Fix location and scale of the core's features from a sample `[..., 2 e]`."""
+        flat = context.reshape(-1, context.shape[-1])
+        self.loc, self.scale = flat.mean(0), flat.std(0).nan_to_num(1.0).clamp_min(1e-3)
+
+    def context(self, core: Tensor, reduced: Reduced) -> Tensor:
+        """Context of the flow, `[K, n, C, hidden]`, from the core's features `[K, n, C, 2 e]` and the data below."""
+        features = (core - self.loc) / self.scale
+        if self.encoder is not None:
+            x, unit = observations(reduced, self.block)
+            code = self.encoder(x, unit, reduced.count(self.block.plates))
+            features = torch.cat([features, code[None, :, None, :].expand(*features.shape[:3], -1)], -1)
+        return self.network(features)
+
+
+def observations(reduced: Reduced, block: Block) -> tuple[Tensor, Tensor]:
+    """Features `[m, inputs]` of all observations below the block's units (values, then their covariates), and their unit `[m]`."""
+    v = below(reduced, block)
+    own = reduced.data[v].reshape(reduced.count(reduced.graph.model.variables[v].plates), -1)
+    variable = reduced.graph.model.variables[v]
+    sizes = reduced.sizes(variable.plates)
+    parts = [own]
+    for parent in variable.parents:
+        if parent in reduced.data:
+            aligned = reduced.aligned(parent, variable.plates, {})
+            shape = [s if p in aligned.axes else 1 for p, s in zip(variable.plates, sizes, strict=True)]
+            event = aligned.value.shape[len(aligned.axes) :]
+            parts.append(aligned.value.reshape(*shape, *event).expand(*sizes, *event).reshape(len(own), -1))
+    index = reduced.unit_index(variable.plates, block.plates)
+    return torch.cat(parts, -1), torch.arange(len(own)) if index is None else index
+
+
+def below(reduced: Reduced, block: Block) -> str:
+    """The observed variable with most values below the block's units."""
+    model = reduced.graph.model
+    found = [v for v in model.of_kind("observed") if lies_below(model.plates, v.plates, block.plates)]
+    return max(found, key=lambda v: reduced.count(v.plates)).name
+
+
+class Corrections(nn.Module):
+    """The corrections of a guide's blocks, with the schemes of their encodings.
+
+    Args:
+        components: Components of the guide (dense ones stay Gaussian).
+        schemes: Block name -> "likelihood", "encoder" or "hybrid"; blocks not named have no correction.
+        reduced: A reduced model, for the sizes of the data.
+    """
+
+    def __init__(self, components: list[Component], schemes: Mapping[str, str], reduced: Reduced) -> None:
+        super().__init__()
+        self.schemes = dict(schemes)
+        blocks = {b.name: (c, b) for c in components for b in c.blocks if b.name in schemes and c.tree}
+        self.parts = nn.ModuleDict()
+        for name, (component, block) in blocks.items():
+            wide = schemes[name] in ("encoder", "hybrid")
+            inputs = observations(reduced, block)[0].shape[1] if wide else 0
+            self.parts[_key(name)] = BlockCorrection(block, component.shape(block)[1], inputs)
+
+    def names(self) -> list[str]:
+        """Blocks that have a correction."""
+        return [part.block.name for part in self.parts.values()]  # type: ignore[union-attr]
+
+    def part(self, name: str) -> BlockCorrection:
+        """The correction of one block."""
+        return self.parts[_key(name)]  # type: ignore[return-value]
+
+    def apply_to(self, name: str, u: Tensor, core: Tensor, reduced: Reduced, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Corrected noise `[K, n, C, e]` and the log-Jacobian per unit, `[K, n]`.
+
+        Args:
+            name: The block.
+            u: Standard normals.
+            core: The core's features, `[K, n, C, 2 e]`.
+            reduced: Where the raw data are.
+            rows: Residual rows of a hybrid block, `[n, 2 C e]`; None for none.
+        """
+        part = self.part(name)
+        moved, log_det = part.flow(u, part.context(core, reduced))
+        log_det = log_det.sum(-1)
+        if rows is not None:
+            shift, log_scale = (t.reshape(1, *u.shape[1:]) for t in rows.chunk(2, -1))
+            moved = shift + log_scale.exp() * moved
+            log_det = log_det + log_scale.sum((-1, -2))
+        return moved, log_det
+
+
+def _key(name: str) -> str:
+    return name.replace("*", "__")

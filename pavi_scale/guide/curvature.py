@@ -1,0 +1,298 @@
+"""Likelihood-informed encodings: score and curvature of a component's log joint, unit by unit, and its mode.
+
+For each law f that touches the component, copies of the latents it reads are made at f's own ground units. Copies of different
+units do not interact, so one reverse pass per column gives the column of every unit's Hessian at once. Summed over the laws below
+a unit, score and curvature are its encoding: permutation-invariant, whatever the number of children (method note, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pavi_scale.guide.blocks import Block, Component, Factor
+from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_dense
+from pavi_scale.model.density import Aligned
+from pavi_scale.reduced import Reduced, Value
+
+MAX_ITERATIONS = 40
+Coordinates = dict[str, Tensor]
+
+
+@dataclass
+class Expansion:
+    """Second-order expansion of a component's log joint at a point.
+
+    Args:
+        value: Log joint per unit of the top block, `[K, n_top]` (`[K, 1]` where there is none).
+        gradient: Block -> `[K, n, C, e]`.
+        gaussian: The factorised Gaussian with the expansion's curvature; its `step` is the Newton step.
+    """
+
+    value: Tensor
+    gradient: Coordinates
+    gaussian: Tree | Dense
+
+
+class LocalModel:
+    """A component on a reduced model, given root variables and earlier components.
+
+    Args:
+        component: The component.
+        reduced: Reduced model whose selection holds every child of the selected units (pools are complete), except below free blocks.
+        given: Values of the root variables and of earlier components.
+        sites: Free block -> (location, log precision), `[n, d]` each.
+        particles: K.
+    """
+
+    def __init__(self, component: Component, reduced: Reduced, given: Mapping[str, Value], sites: Mapping[str, tuple[Tensor, Tensor]], particles: int) -> None:
+        self.component, self.reduced, self.given, self.sites, self.particles = component, reduced, given, sites, particles
+        self.blocks = {b.name: b for b in component.blocks}
+        self.top = component.top(reduced.graph.model.plates)
+        self.index: dict[Pair, Tensor | None] = {
+            (fine, coarse): reduced.unit_index(self.blocks[fine].plates, self.blocks[coarse].plates) for fine, above in component.couplings.items() for coarse in above
+        }
+
+    def units(self, block: Block) -> int:
+        """Number of selected units."""
+        return self.reduced.count(block.plates)
+
+    def split(self, block: Block, latent: str, z: Tensor) -> Tensor:
+        """Coordinates of one latent, `[K, n, *base_shape]`, of a block's `[K, n, C, e]`."""
+        base = self.reduced.graph.links[latent].base_shape
+        return z[..., self.component.columns(block, latent)].flatten(2).reshape(*z.shape[:2], *base)
+
+    @staticmethod
+    def columns_of(component: Component, block: Block, latent: str, z: Tensor) -> Tensor:
+        """Coordinates of one latent as a flat vector per unit, `[K, n, size]`."""
+        return z[..., component.columns(block, latent)].flatten(2)
+
+    def join(self, block: Block, parts: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split` over all latents of the block."""
+        c, _ = self.component.shape(block)
+        flat = [parts[n].reshape(*parts[n].shape[:2], c, -1) for n in block.latents]
+        return torch.cat(flat, -1)
+
+    def values(self, z: Mapping[str, Tensor]) -> dict[str, Value]:
+        """Constrained values of the component's latents, with what was given."""
+        out = dict(self.given)
+        for name, zb in z.items():
+            block = self.blocks[name]
+            sizes = self.reduced.sizes(block.plates)
+            for latent in block.latents:
+                link = self.reduced.graph.links[latent]
+                theta = link.forward(self.split(block, latent, zb)).reshape(zb.shape[0], *sizes, *link.event_shape)
+                out[latent] = Value(theta, block.plates)
+        return out
+
+    def start(self) -> Coordinates:
+        """Prior means, parents first: where the search for the mode starts."""
+        z: Coordinates = {}
+        values = dict(self.given)
+        with torch.no_grad():
+            for block in self.component.blocks:
+                parts = {}
+                for latent in block.latents:
+                    v = self.reduced.graph.model.variables[latent]
+                    mean = self.reduced.prior_mean(latent, values)
+                    mean = mean.expand(self.particles, *mean.shape[1:])
+                    order = [0, *(1 + v.plates.index(p) for p in block.plates), *range(1 + len(v.plates), mean.ndim)]
+                    mean = mean.permute(order)
+                    link = self.reduced.graph.links[latent]
+                    parts[latent] = mean.reshape(self.particles, -1, *link.base_shape)
+                    values[latent] = Value(link.forward(mean), block.plates)
+                z[block.name] = self.join(block, parts)
+        return z
+
+    def log_terms(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Log joint in unconstrained coordinates per unit of the top block."""
+        values = self.values(z)
+        total = 0.0
+        for factor in self.component.factors:
+            term = self.reduced.log_prob(factor.variable, values).flatten(1)
+            total = total + self.to_top(term.expand(self.particles, -1), self.reduced.graph.model.variables[factor.variable].plates)
+        for name, zb in z.items():
+            block = self.blocks[name]
+            sizes = self.reduced.sizes(block.plates)
+            own = torch.zeros((), dtype=zb.dtype)
+            for latent in block.latents:
+                link = self.reduced.graph.links[latent]
+                base = self.split(block, latent, zb)
+                theta = values[latent].theta.reshape(*zb.shape[:2], *link.event_shape)
+                own = own + link.log_det(base, theta)
+            if name in self.sites:
+                own = own + self._site(name, zb)[0]
+            total = total + self.to_top(own.reshape(self.particles, -1) if sizes else own, block.plates)
+        return total if isinstance(total, Tensor) else torch.zeros(self.particles, 1)
+
+    def to_top(self, term: Tensor, plates: tuple[str, ...]) -> Tensor:
+        """Sum `[K, n]` terms on `plates` by the unit of the top block they lie below, `[K, n_top]`."""
+        if self.top is None:
+            return term.sum(1, keepdim=True)
+        index = self.reduced.unit_index(plates, self.top.plates)
+        if index is None:
+            return term
+        return term.new_zeros(term.shape[0], self.units(self.top)).index_add(1, index, term)
+
+    def _site(self, name: str, zb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Value `[K, n]`, gradient and precision `[K, n, C, e]` of a free block's Gaussian site."""
+        loc, log_precision = self.sites[name]
+        block = self.blocks[name]
+        shaped = [self.join(block, {n: part.reshape(1, -1, *self.reduced.graph.links[n].base_shape) for n, part in zip(block.latents, t.split(block.sizes, -1), strict=True)}) for t in (loc, log_precision)]
+        precision = shaped[1].exp()
+        offset = shaped[0] - zb
+        return -0.5 * (precision * offset * offset).sum((-1, -2)), precision * offset, precision.expand_as(zb)
+
+    def expand(self, z: Mapping[str, Tensor], *, differentiable: bool) -> Expansion:
+        """Value, gradient and factorised curvature at `z`.
+
+        Args:
+            z: Coordinates of each block.
+            differentiable: Whether the result keeps its graph (to `z` and to what was given).
+        """
+        k = self.particles
+        gradient = {n: torch.zeros_like(zb) for n, zb in z.items()}
+        precision: dict[Pair, Tensor] = {}
+        terms: list[tuple[Pair, Tensor | None, Tensor | None, Tensor]] = []
+        value: Tensor | None = None
+        for factor in self.component.factors:
+            term, grads, hess = self._factor(factor, z, differentiable)
+            plates = self.reduced.graph.model.variables[factor.variable].plates
+            topped = self.to_top(term, plates)
+            value = topped if value is None else value + topped
+            at = {b: self.reduced.unit_index(plates, self.blocks[b].plates) for b, _ in factor.touches}
+            for b, grad in grads.items():
+                gradient[b] = _scatter(gradient[b], at[b], grad)
+            for (a, b), h in hess.items():
+                if not self.component.tree:
+                    terms.append(((a, b), at[a], at[b], h))
+                    continue
+                if (a, b) not in precision:
+                    precision[a, b] = h.new_zeros(k, z[a].shape[1], h.shape[2], z[a].shape[3], z[b].shape[3])
+                precision[a, b] = _scatter(precision[a, b], at[a], h)
+        for b in self.sites:
+            if b not in z:
+                continue
+            site, grad, prec = self._site(b, z[b])
+            value = self.to_top(site, self.blocks[b].plates) + (0.0 if value is None else value)
+            gradient[b] = gradient[b] + grad
+            diagonal = torch.diag_embed(prec)
+            if self.component.tree:
+                precision[b, b] = precision[b, b] + diagonal
+            else:
+                terms.append(((b, b), None, None, diagonal))
+        if self.component.tree:
+            gaussian: Tree | Dense = eliminate(self.component, self.index, precision, gradient)
+        else:
+            gaussian = factorise_dense(self.component, terms, gradient)
+        return Expansion(value if value is not None else torch.zeros(k, 1), gradient, gaussian)
+
+    def _copies(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """One law's log-densities at its own units, `[K, n_f]`, and the copies of the blocks' coordinates they were computed from."""
+        v = self.reduced.graph.model.variables[factor.variable]
+        sizes = self.reduced.sizes(v.plates)
+        copies: dict[str, Tensor] = {}
+        given: dict[str, Aligned] = {}
+        jacobian: Tensor | float = 0.0
+        for name, latents in factor.touches:
+            block = self.blocks[name]
+            index = self.reduced.unit_index(v.plates, block.plates)
+            copy = z[name] if index is None else z[name].index_select(1, index)
+            copy = copy if differentiable and copy.requires_grad else copy.detach().requires_grad_()
+            if differentiable and copy is z[name]:
+                copy = copy.clone()
+            copies[name] = copy
+            for latent in latents:
+                link = self.reduced.graph.links[latent]
+                base = self.split(block, latent, copy)
+                theta = link.forward(base)
+                given[latent] = Aligned(theta.reshape(theta.shape[0], *sizes, *link.event_shape), v.plates, True)
+                if latent == factor.variable:
+                    jacobian = link.log_det(base, theta)
+        value = self.reduced.log_prob(factor.variable, self.given, given).flatten(1) + jacobian
+        return value.expand(self.particles, -1), copies
+
+    def products(self, factor: Factor, z: Mapping[str, Tensor], signs: Tensor | None) -> dict[Pair, Tensor]:
+        """Hessian of one law times a vector of ones, or of event-wise signs `[C]`, per pair of blocks, `[K, n_f, C, e]`."""
+        with torch.enable_grad():
+            return self._signed_products(factor, z, signs)
+
+    def _signed_products(self, factor: Factor, z: Mapping[str, Tensor], signs: Tensor | None) -> dict[Pair, Tensor]:
+        value, copies = self._copies(factor, z, False)
+        first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=True, materialize_grads=True)
+        out: dict[Pair, Tensor] = {}
+        for a, g in zip(copies, first, strict=True):
+            seed = (g if signs is None else g * signs[:, None]).sum()
+            if seed.requires_grad:
+                second = torch.autograd.grad(seed, list(copies.values()), retain_graph=True, materialize_grads=True)
+                out.update({(b, a): h for b, h in zip(copies, second, strict=True)})
+        return out
+
+    def _factor(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        """Terms of one law: value `[K, n_f]`, gradients and minus second derivatives, in the blocks' full e axes."""
+        with torch.enable_grad():  # the caller may not track gradients; second derivatives need it
+            return self._derivatives(factor, z, differentiable)
+
+    def _derivatives(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        value, copies = self._copies(factor, z, differentiable)
+        names = list(copies)
+        first = torch.autograd.grad(value.sum(), [copies[n] for n in names], create_graph=True, materialize_grads=True)
+        grads = {n: g if differentiable else g.detach() for n, g in zip(names, first, strict=True)}
+        hess: dict[Pair, Tensor] = {}
+        for i, a in enumerate(names):
+            columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(self.blocks[a], latent)})
+            rows = names[i:]
+            parts: dict[str, list[Tensor]] = {b: [torch.zeros_like(copies[b])] * copies[a].shape[3] for b in rows}
+            for c in columns:
+                seed = first[i][..., c].sum()
+                if not seed.requires_grad:
+                    continue
+                second = torch.autograd.grad(seed, [copies[b] for b in rows], create_graph=differentiable, retain_graph=True, materialize_grads=True)
+                for b, column in zip(rows, second, strict=True):
+                    parts[b] = [*parts[b][:c], -column, *parts[b][c + 1 :]]
+            for b in rows:  # stored (fine, coarse): `b` comes later, so it is the finer one
+                hess[b, a] = torch.stack(parts[b], -1)
+        return value if differentiable else value.detach(), grads, hess
+
+    def mode(self) -> tuple[Coordinates, int]:
+        """Mode of the log joint by damped Newton steps, without derivatives; and the number of steps taken."""
+        z = self.start()
+        tolerance = 1e-5 if self.reduced.dtype == torch.float32 else 1e-9
+        previous: Expansion | None = None
+        scale: Tensor | None = None
+        at = z
+        for iteration in range(MAX_ITERATIONS):
+            expansion = self.expand(z, differentiable=False)
+            if previous is not None and scale is not None:
+                # Units whose log joint fell (or is not finite) go back and try a quarter of the step.
+                worse = ~(expansion.value >= previous.value - 1e-7 * (1 + previous.value.abs()))
+                if bool(worse.any()) and iteration < MAX_ITERATIONS - 1:
+                    scale = torch.where(worse, 0.25 * scale, scale)
+                    z = self._move(at, previous.gaussian.step, scale)
+                    if float(scale.min()) > 1e-6:
+                        continue
+            decrement = max(float((expansion.gradient[b] * s).sum((-1, -2)).abs().max()) for b, s in expansion.gaussian.step.items())
+            if decrement < tolerance:
+                return z, iteration
+            at, previous = z, expansion
+            scale = torch.ones_like(expansion.value)
+            z = self._move(at, expansion.gaussian.step, scale)
+        return z, MAX_ITERATIONS
+
+    def _move(self, z: Coordinates, step: Mapping[str, Tensor], scale: Tensor) -> Coordinates:
+        out = {}
+        for name, zb in z.items():
+            if self.top is None:
+                s = scale[:, :1]
+            else:
+                index = self.reduced.unit_index(self.blocks[name].plates, self.top.plates)
+                s = scale if index is None else scale.index_select(1, index)
+            out[name] = zb + s[..., None, None] * step[name]
+        return out
+
+
+def _scatter(target: Tensor, index: Tensor | None, source: Tensor) -> Tensor:
+    return target + source if index is None else target.index_add(1, index, source)

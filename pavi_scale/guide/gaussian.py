@@ -1,0 +1,201 @@
+"""Gaussians over the units of a component: elimination on a tree of plates, or one dense factorisation.
+
+Precision H and gradient g of a log joint are kept per unit, `[K, n, C, e, e']` and `[K, n, C, e]`. On a tree, block j is
+eliminated into the coarser blocks i it is coupled to by Schur complements,
+
+    H_ii -= sum_{j below i} H_ij H_jj^-1 H_ji,   g_i -= sum_{j below i} H_ij H_jj^-1 g_j,
+
+and sampled from coarse to fine, z_j = m_j - H_jj^-1 sum_i H_ji (z_i - m_i) + L_j^-T u_j with H_jj = L_j L_j^T
+(multifrontal Cholesky; Rue & Held, Gaussian Markov Random Fields, 2005, section 2.4). Exact for Gaussian trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from pavi_scale.guide.blocks import Component
+
+Pair = tuple[str, str]
+
+
+def factorise(precision: Tensor) -> Tensor:
+    """Lower Cholesky factor of `[..., e, e]`; where it is not positive definite the spectrum is lifted first.
+
+    The lift is a constant for differentiation: it only guards the far-from-mode iterations and non-concave laws.
+    """
+    e = precision.shape[-1]
+    if e == 1:
+        return precision.clamp_min(_floor(precision)).sqrt()
+    factor, info = torch.linalg.cholesky_ex(precision)
+    if bool((info > 0).any()) or not bool(torch.isfinite(factor).all()):
+        with torch.no_grad():
+            safe = torch.nan_to_num(precision)
+            values = torch.linalg.eigvalsh(safe)
+            target = (1e-3 * values[..., -1].abs()).clamp_min(1e-6)
+            lift = torch.where(values[..., 0] < target, target - values[..., 0], torch.zeros_like(target))
+        factor = torch.linalg.cholesky_ex(torch.nan_to_num(precision) + lift[..., None, None] * torch.eye(e, dtype=precision.dtype, device=precision.device))[0]
+    return factor
+
+
+def _floor(precision: Tensor) -> float:
+    return 1e-6 if precision.dtype == torch.float32 else 1e-10
+
+
+def solve(factor: Tensor, right: Tensor) -> Tensor:
+    """H^-1 right, from the Cholesky factor; right `[..., e, r]`."""
+    if factor.shape[-1] == 1:
+        return right / (factor * factor)
+    return torch.cholesky_solve(right, factor)
+
+
+def back(factor: Tensor, noise: Tensor) -> Tensor:
+    """L^-T u, u `[..., e]`."""
+    if factor.shape[-1] == 1:
+        return noise / factor[..., 0]
+    return torch.linalg.solve_triangular(factor.mT, noise[..., None], upper=True)[..., 0]
+
+
+def forward(factor: Tensor, offset: Tensor) -> Tensor:
+    """u = L^T (z - loc), the inverse of `back`."""
+    if factor.shape[-1] == 1:
+        return offset * factor[..., 0]
+    return (factor.mT @ offset[..., None])[..., 0]
+
+
+def log_det(factor: Tensor) -> Tensor:
+    """log det L, summed over C and e: `[K, n]`."""
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum((-1, -2))
+
+
+def _add(target: Tensor, index: Tensor | None, source: Tensor) -> Tensor:
+    return target + source if index is None else target.index_add(1, index, source)
+
+
+def _take(source: Tensor, index: Tensor | None) -> Tensor:
+    return source if index is None else source.index_select(1, index)
+
+
+@dataclass
+class Tree:
+    """A factorised Gaussian on a tree component.
+
+    Args:
+        component: The component.
+        index: (fine block, coarse block) -> position of each fine unit's coarse unit; None for the identity.
+        factor: Cholesky factor of each eliminated block, `[K, n, C, e, e]`.
+        gain: (fine, coarse) -> H_jj^-1 H_ji, `[K, n_j, C, e_j, e_i]`.
+        step: Newton step H^-1 g of each block, `[K, n, C, e]`.
+    """
+
+    component: Component
+    index: Mapping[Pair, Tensor | None]
+    factor: dict[str, Tensor]
+    gain: dict[Pair, Tensor]
+    step: dict[str, Tensor]
+
+    def conditional(self, name: str, mode: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """Location of a block given the sampled coarser ones, `[K, n, C, e]`."""
+        loc = mode[name]
+        for above in self.component.couplings[name]:
+            offset = _take(values[above] - mode[above], self.index[name, above])
+            loc = loc - (self.gain[name, above] @ offset[..., None])[..., 0]
+        return loc
+
+
+def eliminate(component: Component, index: Mapping[Pair, Tensor | None], precision: Mapping[Pair, Tensor], gradient: Mapping[str, Tensor]) -> Tree:
+    """Factorise a tree component.
+
+    Args:
+        component: Its symbolic structure.
+        index: As in `Tree`.
+        precision: (fine, coarse) and (block, block) -> minus second derivatives, `[K, n_fine, C, e_fine, e_coarse]`.
+        gradient: Block -> first derivatives.
+    """
+    h, g = dict(precision), dict(gradient)
+    factor: dict[str, Tensor] = {}
+    gain: dict[Pair, Tensor] = {}
+    inner: dict[str, Tensor] = {}
+    for block in reversed(component.blocks):
+        j = block.name
+        factor[j] = factorise(h[j, j])
+        inner[j] = solve(factor[j], g[j][..., None])[..., 0]
+        above = component.couplings[j]
+        for i in above:
+            gain[j, i] = solve(factor[j], h[j, i])
+            g[i] = _add(g[i], index[j, i], -(h[j, i].mT @ inner[j][..., None])[..., 0])
+        for i in above:
+            h[i, i] = _add(h[i, i], index[j, i], -h[j, i].mT @ gain[j, i])
+        for coarse, fine in combinations(above, 2):
+            update = -h[j, fine].mT @ gain[j, coarse]
+            if (fine, coarse) not in h:
+                k, _, c, e_fine, e_coarse = update.shape
+                h[fine, coarse] = update.new_zeros(k, g[fine].shape[1], c, e_fine, e_coarse)
+            h[fine, coarse] = _add(h[fine, coarse], index[j, fine], update)
+    step: dict[str, Tensor] = {}
+    for block in component.blocks:
+        j = block.name
+        step[j] = inner[j]
+        for i in component.couplings[j]:
+            step[j] = step[j] - (gain[j, i] @ _take(step[i], index[j, i])[..., None])[..., 0]
+    return Tree(component, index, factor, gain, step)
+
+
+@dataclass
+class Dense:
+    """A component as one Gaussian: `factor` `[K, C, T, T]`, T = sum of n e over the blocks; `step` per block."""
+
+    factor: Tensor
+    step: dict[str, Tensor]
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Blocks `[K, n, C, e]` -> `[K, C, T]`, in the order of `step`."""
+        return torch.cat([values[b].transpose(1, 2).flatten(2) for b in self.step], -1)
+
+    def unpack(self, flat: Tensor) -> dict[str, Tensor]:
+        """The inverse of `pack`."""
+        out, start = {}, 0
+        for b, like in self.step.items():
+            _, n, c, e = like.shape
+            out[b] = flat[..., start : start + n * e].reshape(-1, c, n, e).transpose(1, 2)
+            start += n * e
+        return out
+
+
+def factorise_dense(component: Component, terms: list[tuple[Pair, Tensor | None, Tensor | None, Tensor]], gradient: Mapping[str, Tensor]) -> Dense:
+    """Assemble and factorise a crossed component.
+
+    Args:
+        component: The component.
+        terms: ((a, b), index of a's unit, index of b's unit, minus second derivatives `[K, n_f, C, e_a, e_b]`), one for each coupling of each law.
+        gradient: Block -> first derivatives.
+    """
+    sizes = {b.name: (gradient[b.name].shape[1], gradient[b.name].shape[3]) for b in component.blocks}
+    starts, total = {}, 0
+    for name, (n, e) in sizes.items():
+        starts[name] = total
+        total += n * e
+    any_gradient = gradient[component.blocks[0].name]
+    k, _, c, _ = any_gradient.shape
+    flat = any_gradient.new_zeros(k * c, total * total)
+    for (a, b), at_a, at_b, value in terms:
+        kk, n, cc, ea, eb = value.shape
+        unit_a = torch.arange(n, device=value.device) if at_a is None else at_a
+        unit_b = torch.arange(n, device=value.device) if at_b is None else at_b
+        row = starts[a] + unit_a[:, None] * sizes[a][1] + torch.arange(ea, device=value.device)
+        column = starts[b] + unit_b[:, None] * sizes[b][1] + torch.arange(eb, device=value.device)
+        where = row[:, :, None] * total + column[:, None, :]
+        source = value.transpose(1, 2).reshape(kk * cc, -1)
+        flat = flat.index_add(1, where.flatten(), source)
+        if a != b:
+            mirror = column[:, None, :] * total + row[:, :, None]
+            flat = flat.index_add(1, mirror.flatten(), source)
+    factor = factorise(flat.reshape(k, c, total, total))
+    dense = Dense(factor, dict(gradient))
+    step = solve(factor, dense.pack(gradient)[..., None])[..., 0]
+    dense.step = dense.unpack(step)
+    return dense

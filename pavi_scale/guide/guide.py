@@ -1,0 +1,186 @@
+"""The guide as a whole: root block, components and what is known of their structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pavi_scale.guide.blocks import Block, Component, lies_below, make_blocks, make_components
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.gaussian import Tree
+from pavi_scale.guide.local import Core, Correction, Noise, draw, fit_core
+from pavi_scale.model.density import Graph
+from pavi_scale.reduced import Reduced, Value
+
+
+class Guide:
+    """q(Theta) = q(root) prod over components q(component | root, earlier components, encodings).
+
+    Args:
+        graph: Model with its links.
+        free: Plate sets whose blocks have free encodings.
+        structure: Component name -> {"elementwise": bool, "quadratic": bool}, as found by `probe`.
+    """
+
+    def __init__(self, graph: Graph, free: frozenset[frozenset[str]] = frozenset(), structure: Mapping[str, Mapping[str, bool]] | None = None) -> None:
+        self.graph, self.free = graph, free
+        structure = structure or {}
+        self.blocks = make_blocks(graph, free)
+        self.components: list[Component] = [
+            replace(c, elementwise=structure.get(c.name, {}).get("elementwise", False)) for c in make_components(graph, self.blocks)
+        ]
+        self.quadratic = {c.name: structure.get(c.name, {}).get("quadratic", False) for c in self.components}
+        touched = {f.variable for c in self.components for f in c.factors}
+        self.plain = [v for v in graph.model.of_kind("observed") if v.name not in touched]
+
+    @property
+    def structure(self) -> dict[str, dict[str, bool]]:
+        """What `probe` found, as plain data."""
+        return {c.name: {"elementwise": c.elementwise, "quadratic": self.quadratic[c.name]} for c in self.components}
+
+    @property
+    def exact(self) -> bool:
+        """Whether every local conditional is Gaussian, so that local bounds are exact."""
+        return all(self.quadratic.values())
+
+    def counted(self, reduced: Reduced, plates: tuple[str, ...], split: str | None, first: bool) -> bool:
+        """Whether a shard answers for terms on `plates`: those below the split plate always, others in the first shard."""
+        return first or (split is not None and lies_below(reduced.graph.model.plates, plates, (split,)))
+
+    def local_bound(
+        self, reduced: Reduced, root: Mapping[str, Value], particles: int, *, split: str | None = None, first: bool = True,
+        differentiable: bool = False, samples: int = 0, noise: Noise | None = None, corrections: Mapping[str, Correction] | None = None,
+    ) -> Tensor:
+        """sum_n L_n(root) over the shard, `[K]`.
+
+        Quadratic components give their exact log marginal. Others give the Laplace value (`samples` = 0), or the importance-weighted bound
+        log 1/M sum_m p/q per unit of the top block (Burda et al. 2016) with `samples` = M.
+        """
+        total = torch.zeros(particles, dtype=reduced.dtype)
+        for v in self.plain:
+            if self.counted(reduced, v.plates, split, first):
+                term = reduced.log_prob(v.name, root) * reduced.weights(v.plates)
+                total = total + term.flatten(1).sum(1)
+        for component in self.components:
+            if not self.counted(reduced, component.blocks[-1].plates, split, first):
+                continue
+            local = LocalModel(component, reduced, root, {}, particles)
+            core = fit_core(local, differentiable=differentiable, quadratic=self.quadratic[component.name])
+            if self.quadratic[component.name] or not samples or noise is None:
+                total = total + core.log_marginal(weights(core))
+            else:
+                ratios = log_ratios(core, noise, samples, corrections)
+                units = torch.logsumexp(ratios, 1) - math.log(samples)
+                total = total + (units * weights(core)).sum(1)
+        return total
+
+
+def weights(core: Core) -> Tensor:
+    """Weight of each unit of the top block, `[n_top]`; one where there is no top block."""
+    local = core.local
+    if local.top is None:
+        return torch.ones(1, dtype=local.reduced.dtype)
+    return local.reduced.weights(local.top.plates).flatten()
+
+
+def log_ratios(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Tensor:
+    """log p(z, data) - log q(z) of M draws, per unit of the top block: `[K, M, n_top]`."""
+    k = core.local.particles
+    many = core.repeat(samples)
+    sample = draw(many, noise, corrections)
+    ratio = many.local.log_terms(sample.z)
+    for b, log_q in sample.log_q.items():
+        ratio = ratio - many.local.to_top(log_q, many.local.blocks[b].plates)
+    return ratio.reshape(k, samples, -1)
+
+
+def unit_ratios(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> dict[str, Tensor]:
+    """log p - log q of M draws per unit of each finest block, given its parents: block -> `[M, n]`.
+
+    Coarser blocks are drawn once and held, so that a Gaussian conditional gives constant ratios. One root point (K = 1).
+    """
+    component = core.local.component
+    held = {above for name in component.couplings for above in component.couplings[name]}
+
+    def once(block: Block, shape: tuple[int, ...]) -> Tensor:
+        if block.name in held:
+            return noise(block, (1, *shape[1:])).expand(shape)
+        return noise(block, shape)
+
+    many = core.repeat(samples)
+    local, reduced = many.local, many.local.reduced
+    sample = draw(many, once, corrections)
+    out = {b: -log_q for b, log_q in sample.log_q.items() if b not in held}
+    for factor in component.factors:
+        finest = factor.touches[-1][0]
+        if finest in out:
+            v = reduced.graph.model.variables[factor.variable]
+            term = reduced.log_prob(v.name, sample.values).flatten(1)
+            index = reduced.unit_index(v.plates, local.blocks[finest].plates)
+            out[finest] = out[finest] + term if index is None else out[finest].index_add(1, index, term)
+    for b in out:
+        for latent in local.blocks[b].latents:
+            link = reduced.graph.links[latent]
+            base = local.split(local.blocks[b], latent, sample.z[b])
+            out[b] = out[b] + link.log_det(base, sample.values[latent].theta.reshape(*base.shape[:2], *link.event_shape))
+    return out
+
+
+def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, bool]]:
+    """Find, numerically on a small selection, which components are element-wise over events, and which are quadratic.
+
+    Element-wise: with random signs s, H (s 1) = s (H 1) for every law. Quadratic: the curvature does not move with the point.
+
+    Args:
+        graph: The model.
+        free: Free plate sets.
+        reduced: A small reduced model.
+        draws: Values of all latents at a few points (root and local).
+    """
+    found: dict[str, dict[str, bool]] = {}
+    guide = Guide(graph, free)
+    for component in guide.components:
+        size = {s for b in component.blocks for s in b.sizes}
+        shapes = {graph.links[n].base_shape for b in component.blocks for n in b.latents}
+        trial = [component]
+        if len(size) == 1 and len(shapes) == 1 and size != {1}:
+            trial = [replace(component, elementwise=True)]
+            if not all(_signs_agree(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws):
+                trial = [component]
+        if trial[0].elementwise or sum(b.dim for b in component.blocks) <= 64:
+            quadratic = all(_curvature_fixed(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws)
+        else:
+            quadratic = False
+        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic}
+    return found
+
+
+def _points(local: LocalModel, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {b: z + 0.7 * torch.randn(z.shape, generator=generator, dtype=z.dtype) for b, z in local.start().items()}
+
+
+def _signs_agree(local: LocalModel) -> bool:
+    z = _points(local, 0)
+    generator = torch.Generator().manual_seed(1)
+    for factor in local.component.factors:
+        signs = (2.0 * torch.randint(0, 2, (local.component.shape(local.component.blocks[0])[0],), generator=generator) - 1.0).to(local.reduced.dtype)
+        plain, signed = local.products(factor, z, None), local.products(factor, z, signs)
+        for pair, product in plain.items():
+            scale = product.abs().max().clamp_min(1e-12)
+            if float((product * signs[:, None] - signed[pair]).abs().max() / scale) > 1e-8:
+                return False
+    return True
+
+
+def _curvature_fixed(local: LocalModel) -> bool:
+    one, two = (local.expand(_points(local, seed), differentiable=False).gaussian for seed in (2, 3))
+    if isinstance(one, Tree) and isinstance(two, Tree):
+        pairs = [(one.factor[b], two.factor[b]) for b in one.factor] + [(one.gain[p], two.gain[p]) for p in one.gain]
+    else:
+        pairs = [(one.factor, two.factor)]  # type: ignore[list-item]
+    return all(float((a - b).abs().max()) <= 1e-7 * float(a.abs().max().clamp_min(1e-12)) for a, b in pairs)

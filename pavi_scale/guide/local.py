@@ -1,0 +1,149 @@
+"""The local guide: one conditional Gaussian core per component, sampled coarse to fine, with a learned correction on top."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pavi_scale.guide.blocks import Block
+from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
+from pavi_scale.guide.gaussian import Dense, Tree, back, forward, log_det
+from pavi_scale.reduced import Value
+
+Noise = Callable[[Block, tuple[int, ...]], Tensor]  # (block, [K, n, C, e]) -> standard normals
+Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (noise, context) -> (corrected noise, log |d corrected / d noise|)
+
+
+@dataclass
+class Core:
+    """The Gaussian core of one component at given root values."""
+
+    local: LocalModel
+    mode: Coordinates
+    expansion: Expansion
+
+    def log_marginal(self, weights: Tensor) -> Tensor:
+        """Laplace value of the log marginal likelihood of the component, `[K]`; exact for linear-Gaussian laws.
+
+        Args:
+            weights: Weight of each unit of the top block, `[n_top]`.
+        """
+        gaussian, local = self.expansion.gaussian, self.local
+        units = self.expansion.value
+        if isinstance(gaussian, Tree):
+            for block in local.component.blocks:
+                term = 0.5 * block.dim * math.log(2 * math.pi) - log_det(gaussian.factor[block.name])
+                units = units + local.to_top(term, block.plates)
+            return (units * weights).sum(1)
+        count = sum(z[0].numel() for z in self.mode.values())
+        return (units * weights).sum(1) + 0.5 * count * math.log(2 * math.pi) - log_det(gaussian.factor)
+
+    def repeat(self, times: int) -> Core:
+        """The same core for `times` particles in place of each, neighbours together."""
+        def many(t: Tensor) -> Tensor:
+            return t.repeat_interleave(times, 0)
+
+        gaussian = self.expansion.gaussian
+        if isinstance(gaussian, Tree):
+            wide: Tree | Dense = replace(gaussian, factor={b: many(t) for b, t in gaussian.factor.items()}, gain={p: many(t) for p, t in gaussian.gain.items()})
+        else:
+            wide = replace(gaussian, factor=many(gaussian.factor))
+        given = {n: Value(many(v.theta), v.plates) for n, v in self.local.given.items()}
+        local = LocalModel(self.local.component, self.local.reduced, given, self.local.sites, times * self.local.particles)
+        return Core(local, {b: many(t) for b, t in self.mode.items()}, replace(self.expansion, gaussian=wide))
+
+
+def fit_core(local: LocalModel, *, differentiable: bool, quadratic: bool) -> Core:
+    """Mode and curvature of a component.
+
+    With `differentiable`, one Newton step from the (detached) mode carries its derivative with respect to what was given
+    (implicit function theorem), so that neither the search nor its length enters the gradient.
+    """
+    if quadratic:
+        start = local.start()
+        expansion = local.expand(start, differentiable=differentiable)
+        mode = {b: z + expansion.gaussian.step[b] for b, z in start.items()}
+        value = expansion.value
+        for block in local.component.blocks:  # a quadratic rises by g.step / 2 on the way to its mode
+            rise = 0.5 * (expansion.gradient[block.name] * expansion.gaussian.step[block.name]).sum((-1, -2))
+            value = value + local.to_top(rise, block.plates)
+        return Core(local, mode, Expansion(value, expansion.gradient, expansion.gaussian))
+    mode, _ = local.mode()
+    if differentiable:
+        step = local.expand(mode, differentiable=True).gaussian.step
+        mode = {b: z + step[b] for b, z in mode.items()}
+    return Core(local, mode, local.expand(mode, differentiable=differentiable))
+
+
+@dataclass
+class Sample:
+    """A draw of a component: coordinates `[K, n, C, e]` and log q per unit `[K, n]` of each block."""
+
+    z: Coordinates
+    log_q: dict[str, Tensor]
+    values: dict[str, Value] = field(default_factory=dict)
+
+
+def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None = None) -> Sample:
+    """Sample the component, coarse blocks first.
+
+    Args:
+        core: The Gaussian core.
+        noise: Standard normals by block.
+        corrections: Block -> learned map of its noise; the identity where absent.
+    """
+    local, gaussian = core.local, core.expansion.gaussian
+    corrections = corrections or {}
+    z: Coordinates = {}
+    log_q: dict[str, Tensor] = {}
+    shapes = {b.name: tuple(core.mode[b.name].shape) for b in local.component.blocks}
+    if isinstance(gaussian, Dense):
+        u = {b.name: noise(b, shapes[b.name]) for b in local.component.blocks}
+        offset = gaussian.unpack(back(gaussian.factor, gaussian.pack(u)))
+        z = {b: core.mode[b] + offset[b] for b in u}
+        log_q = {b: _standard(u[b]) for b in u}
+        first = local.component.blocks[0].name
+        share = log_det(gaussian.factor) / log_q[first].shape[1]
+        log_q[first] = log_q[first] + share[:, None]
+    else:
+        for block in local.component.blocks:
+            b = block.name
+            u = noise(block, shapes[b])
+            log_q[b] = _standard(u)
+            if b in corrections:
+                u, log_jacobian = corrections[b](u, context(core, gaussian, b))
+                log_q[b] = log_q[b] - log_jacobian
+            loc = gaussian.conditional(b, core.mode, z)
+            z[b] = loc + back(gaussian.factor[b], u)
+            log_q[b] = log_q[b] + log_det(gaussian.factor[b])
+    return Sample(z, log_q, local.values(z))
+
+
+def log_density(core: Core, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """log q of given coordinates under the Gaussian core, per unit of each block, `[K, n]`."""
+    gaussian = core.expansion.gaussian
+    if isinstance(gaussian, Dense):
+        offset = {b: z[b] - core.mode[b] for b in z}
+        u = gaussian.unpack(forward(gaussian.factor, gaussian.pack(offset)))
+        out = {b: _standard(u[b]) for b in u}
+        first = next(iter(out))
+        out[first] = out[first] + (log_det(gaussian.factor) / out[first].shape[1])[:, None]
+        return out
+    return {
+        b.name: _standard(forward(gaussian.factor[b.name], z[b.name] - gaussian.conditional(b.name, core.mode, z))) + log_det(gaussian.factor[b.name])
+        for b in core.local.component.blocks
+    }
+
+
+def _standard(u: Tensor) -> Tensor:
+    return (-0.5 * u * u - 0.5 * math.log(2 * math.pi)).sum((-1, -2))
+
+
+def context(core: Core, gaussian: Tree, block: str) -> Tensor:
+    """What a correction may look at, per unit and copy, `[K, n, C, 2 e]`: the mode and the log of the curvature's diagonal."""
+    factor = gaussian.factor[block]
+    return torch.cat([core.mode[block], 2 * factor.diagonal(dim1=-2, dim2=-1).log()], -1)

@@ -1,0 +1,113 @@
+"""The root block: the joint distribution of the variables that live on no plate, in unconstrained coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from pavi_scale.model.density import Graph
+from pavi_scale.plates import Selection
+from pavi_scale.reduced import Reduced, Value
+
+
+class RootSpace:
+    """Coordinates of the root variables.
+
+    Args:
+        graph: The model with its links.
+        reduced: Any reduced model of the cohort; its plateless data are read by root laws.
+    """
+
+    def __init__(self, graph: Graph, reduced: Reduced) -> None:
+        self.graph, self.reduced = graph, reduced
+        self.names = tuple(v.name for v in graph.model.latents if not v.plates)
+        self.sizes = tuple(graph.links[n].size for n in self.names)
+        self.dim = sum(self.sizes)
+
+    def values(self, z: Tensor) -> dict[str, Value]:
+        """Constrained values of `z` `[K, R]`."""
+        out = {}
+        for name, part in zip(self.names, z.split(self.sizes, -1), strict=True):
+            link = self.graph.links[name]
+            out[name] = Value(link.forward(part.reshape(-1, *link.base_shape)), ())
+        return out
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """log p(root) in unconstrained coordinates, `[K]`."""
+        values = self.values(z)
+        total = torch.zeros(len(z), dtype=z.dtype)
+        for name, part in zip(self.names, z.split(self.sizes, -1), strict=True):
+            link = self.graph.links[name]
+            base = part.reshape(-1, *link.base_shape)
+            total = total + self.reduced.log_prob(name, values) + link.log_det(base, values[name].theta)
+        return total
+
+    def prior_draws(self, count: int, seed: int) -> np.ndarray:
+        """Draws of the prior in unconstrained coordinates, `[count, R]`."""
+        rows = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for _ in range(count):
+                theta: dict[str, Tensor] = {}
+                flat = []
+                for name in self.names:
+                    v = self.graph.model.variables[name]
+                    data = {p: self.reduced.data[p] for p in v.parents if p in self.reduced.data}
+                    theta[name] = self.graph.law(v, {**theta, **data}).sample().to(torch.float64)
+                    flat.append(self.graph.links[name].inverse(theta[name]).flatten())
+                rows.append(torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64))
+        return torch.nan_to_num(torch.stack(rows), nan=0.0, posinf=30.0, neginf=-30.0).clamp(-1e6, 1e6).numpy()
+
+    def pack(self, theta: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Unconstrained coordinates of one set of constrained values."""
+        return np.concatenate([self.graph.links[n].inverse(torch.as_tensor(theta[n], dtype=torch.float64)).flatten().numpy() for n in self.names])
+
+
+@dataclass
+class StudentT:
+    """Multivariate Student t (normal for df = inf): the proposal family of the importance refits.
+
+    Args:
+        loc: `[R]`.
+        chol: Lower Cholesky factor of the scale matrix, `[R, R]`.
+        df: Degrees of freedom.
+    """
+
+    loc: np.ndarray
+    chol: np.ndarray
+    df: float = math.inf
+
+    def sample(self, normals: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Map standard normals `[K, R]` and uniforms `[K]` to draws `[K, R]`."""
+        scale = np.ones(len(normals))
+        if math.isfinite(self.df):
+            scale = np.sqrt(self.df / np.maximum(_chi2_quantile(uniforms, self.df), 1e-12))
+        return self.loc + scale[:, None] * (normals @ self.chol.T)
+
+    def log_prob(self, z: np.ndarray) -> np.ndarray:
+        """Log density, `[K]`."""
+        r = len(self.loc)
+        white = np.linalg.solve(self.chol, (z - self.loc).T).T if r else np.zeros((len(z), 0))
+        square = (white * white).sum(-1)
+        logdet = np.log(np.diagonal(self.chol)).sum()
+        if not math.isfinite(self.df):
+            return -0.5 * square - 0.5 * r * math.log(2 * math.pi) - logdet
+        nu = self.df
+        constant = math.lgamma((nu + r) / 2) - math.lgamma(nu / 2) - 0.5 * r * math.log(nu * math.pi)
+        return constant - 0.5 * (nu + r) * np.log1p(square / nu) - logdet
+
+
+def _chi2_quantile(p: np.ndarray, df: float) -> np.ndarray:
+    return np.asarray(chi2.ppf(p, df))
+
+
+def root_reduced(graph: Graph, selection: Selection, data: Mapping[str, Tensor]) -> Reduced:
+    """A reduced model that holds the plateless data only."""
+    plateless = {v.name: data[v.name] for v in graph.model.of_kind("observed", "covariate") if not v.plates}
+    return Reduced(graph, selection, plateless, partial=True)

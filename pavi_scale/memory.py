@@ -1,0 +1,42 @@
+"""Sizes in bytes, as users write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from pavi_scale.errors import InputError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(size: str | int | float) -> int:
+    """Bytes of "4 GiB", "500MB" or a number.
+
+    Raises:
+        InputError: Not a size.
+
+    Example:
+        >>> parse_bytes("4 GiB"), parse_bytes(1000)
+        (4294967296, 1000)
+    """
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and size > 0:
+        return int(size)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(size))
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
+        raise InputError("not a size in bytes", where="memory", expected="a positive number with a unit, such as '4 GiB'", got=repr(size))
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+def format_bytes(size: float) -> str:
+    """A size in binary units.
+
+    Example:
+        >>> format_bytes(4294967296)
+        '4.0 GiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

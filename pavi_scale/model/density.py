@@ -1,0 +1,217 @@
+"""Log-densities of template laws on many ground units at once.
+
+A law is written for one ground unit; nested `torch.func.vmap`, one per plate axis, carries it over all of them. A parent that
+lacks a plate is not copied along it (`in_dims=None`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
+
+from pavi_scale.errors import ModelError
+from pavi_scale.links import Link, make_link
+from pavi_scale.model.template import Model, Variable
+from pavi_scale.plates import Selection, ancestors
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A value carried to a variable's own ground units: `[K?, *axes, *event]`, `axes` a subset of the variable's plates in its order."""
+
+    value: Tensor
+    axes: tuple[str, ...]
+    particles: bool
+
+
+@contextlib.contextmanager
+def unvalidated() -> Iterator[None]:
+    """Argument validation of torch distributions off inside (it costs, and cannot run under vmap); restored after."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def expanded(law: Distribution, shape: tuple[int, ...], where: str) -> Distribution:
+    """The law of one ground unit broadcast to its variable's event shape.
+
+    Raises:
+        ModelError: The law's own shape does not broadcast to `shape`.
+    """
+    own = tuple(law.batch_shape) + tuple(law.event_shape)
+    inner = len(law.event_shape)
+    batch = shape[: len(shape) - inner]
+    fits = len(own) <= len(shape) and tuple(shape[len(shape) - inner :]) == tuple(law.event_shape)
+    fits = fits and all(a in (1, b) for a, b in zip(reversed(law.batch_shape), reversed(batch), strict=False))
+    if not fits:
+        raise ModelError("law returns a distribution of the wrong shape", where=where, expected=f"a shape that broadcasts to {shape}", got=str(own), remedy="return one ground unit's law; name its event dimensions in dims=")
+    return law if tuple(law.batch_shape) == batch else law.expand(torch.Size(batch))
+
+
+class Graph:
+    """A model with known event sizes: links, shapes and vectorised log-densities.
+
+    Args:
+        model: The template model.
+        event_sizes: Size of every event dimension.
+        example: One ground unit's value of each covariate (ones where absent), used to look at the laws once.
+
+    Raises:
+        ModelError: A law fails, returns the wrong type, shape or support, or a latent is discrete.
+    """
+
+    def __init__(self, model: Model, event_sizes: Mapping[str, int], example: Mapping[str, Tensor] | None = None) -> None:
+        self.model = model
+        self.event_sizes = dict(event_sizes)
+        self.links: dict[str, Link] = {}
+        self.supports: dict[str, Constraint | None] = {}
+        self._inspect(example or {})
+
+    def shape(self, v: Variable) -> tuple[int, ...]:
+        """Event shape of one ground unit."""
+        missing = [d for d in v.dims if d not in self.event_sizes]
+        if missing:
+            raise ModelError("event dimension has no size", where=f"variable {v.name!r}, dim {missing[0]!r}", remedy=f"give Model(sizes={{{missing[0]!r}: ...}}), or store a variable that has the dimension")
+        return tuple(self.event_sizes[d] for d in v.dims)
+
+    def _inspect(self, example: Mapping[str, Tensor]) -> None:
+        values: dict[str, Tensor] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for v in self.model.variables.values():
+                if v.kind == "covariate":
+                    values[v.name] = example.get(v.name, torch.ones(self.shape(v), dtype=torch.float64))
+                    continue
+                law = self.law(v, values)
+                self.supports[v.name] = law.support
+                if v.kind == "latent":
+                    self.links[v.name] = make_link(law.support, self.shape(v), v.name)
+                    self._check_support(v, law, values)
+                    values[v.name] = law.sample().to(torch.float64)
+
+    def law(self, v: Variable, values: Mapping[str, Tensor]) -> Distribution:
+        """The law of one ground unit at given parent values, broadcast to the event shape."""
+        where = f"law of {v.name!r}"
+        if v.law is None:
+            raise ModelError("variable has no law", where=where)
+        try:
+            law = v.law(**{p: values[p] for p in v.parents})
+        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            shapes = {p: tuple(values[p].shape) for p in v.parents}
+            raise ModelError("law fails on one ground unit", where=where, got=f"{type(error).__name__}: {error}", remedy=f"parents arrive with event shapes {shapes}, no plate axis") from error
+        if not isinstance(law, Distribution):
+            raise ModelError("law does not return a distribution", where=where, expected="torch.distributions.Distribution", got=type(law).__name__)
+        return expanded(law, self.shape(v), where)
+
+    def _check_support(self, v: Variable, law: Distribution, values: Mapping[str, Tensor]) -> None:
+        """Refuse supports that move with the parents: the link must be one fixed bijection."""
+        probe = torch.full(self.links[v.name].base_shape, 0.3, dtype=torch.float64)
+        theta = self.links[v.name].forward(probe)
+        for p in v.parents:
+            moved = {**values, p: values[p] * 0.5 if self.model.variables[p].kind == "latent" else values[p] + 1.0}
+            try:
+                with unvalidated():
+                    other = make_link(self.law(v, moved).support, self.shape(v), v.name).forward(probe)
+            except ModelError:
+                continue  # the moved parent left its own support; nothing to learn from it
+            if not torch.allclose(theta, other, rtol=1e-9, atol=1e-12):
+                raise ModelError("support of a latent depends on its parent", where=f"latent {v.name!r}, parent {p!r}", expected="a fixed support", remedy="write the latent on a fixed support and scale it where it is used")
+
+    def log_prob(self, v: Variable, value: Aligned, parents: Mapping[str, Aligned], mask: Aligned | None = None) -> Tensor:
+        """log p(value | parents) of each ground unit, `[K, *plates]` (K = 1 if nothing has particles)."""
+        shape = self.shape(v)
+        where = f"law of {v.name!r}"
+        law_of = v.law
+        if law_of is None:
+            raise ModelError("variable has no law", where=where)
+        names = list(parents)
+
+        def unit(x: Tensor, keep: Tensor | None, *given: Tensor) -> Tensor:
+            law = expanded(law_of(**dict(zip(names, given, strict=True))), shape, where)
+            out = law.log_prob(x)
+            if keep is not None:  # a law with event dimensions of its own counts only where all of them are observed
+                out = out * (keep.flatten(out.ndim).amin(-1) if keep.ndim > out.ndim else keep)
+            return out.sum()
+
+        return _over_units(unit, v.plates, [value, mask, *parents.values()])
+
+    def prior_mean(self, v: Variable, parents: Mapping[str, Aligned]) -> Tensor:
+        """Unconstrained image of the conditional prior's mean, `[K, *plates, *base_shape]`; zero where it has none."""
+        shape, link, law_of = self.shape(v), self.links[v.name], v.law
+        names = list(parents)
+        if law_of is None:
+            raise ModelError("variable has no law", where=f"law of {v.name!r}")
+
+        def unit(*given: Tensor) -> Tensor:
+            law = expanded(law_of(**dict(zip(names, given, strict=True))), shape, v.name)
+            try:
+                return law.mean + torch.zeros(shape, dtype=law.mean.dtype)
+            except NotImplementedError:
+                return torch.full(shape, math.nan)
+
+        z = link.inverse(_over_units(unit, v.plates, list(parents.values())))
+        return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _over_units(unit: Callable[..., Tensor], plates: tuple[str, ...], inputs: list[Aligned | None]) -> Tensor:
+    """Nested vmap of `unit` over the particle axis and the plates; inputs that are None pass as None.
+
+    An input's axes are consumed from the left, so the outermost map is the particle axis.
+    """
+    present = [a for a in inputs if a is not None]
+    function = unit
+    squeeze_back: list[int] = []
+    for depth, plate in reversed(list(enumerate(plates, start=1))):
+        in_dims = tuple(0 if a is not None and plate in a.axes else None for a in inputs)
+        if any(d == 0 for d in in_dims):
+            function = torch.func.vmap(function, in_dims=in_dims)
+        else:
+            squeeze_back.append(depth)
+    particles = any(a.particles for a in present)
+    if particles:
+        function = torch.func.vmap(function, in_dims=tuple(0 if a is not None and a.particles else None for a in inputs))
+    with unvalidated():
+        out = function(*(None if a is None else a.value for a in inputs))
+    if not particles:
+        out = out.unsqueeze(0)
+    for depth in sorted(squeeze_back):
+        out = out.unsqueeze(depth)
+    return out
+
+
+def align(value: Tensor, particles: bool, own: tuple[str, ...], target: tuple[str, ...], selection: Selection) -> Aligned:
+    """Carry `value`, on plates `own`, to the ground units of a variable on plates `target`.
+
+    Plates that `target` has too stay axes; any other is an ancestor of one of the target's plates and is gathered along it.
+    """
+    plates = selection.layout.plates
+    lead = int(particles)
+    goes_to = {p: p if p in target else next(t for t in target if p in ancestors(plates, t)) for p in own}
+    axes = tuple(t for t in target if t in goes_to.values())
+    if all(p == t for p, t in goes_to.items()):
+        order = [own.index(t) for t in axes]
+        if order != sorted(order):
+            trailing = range(lead + len(own), value.ndim)
+            value = value.permute(*range(lead), *(lead + i for i in order), *trailing)
+        return Aligned(value, axes, particles)
+    gathered = [p for p in own if goes_to[p] != p]
+    if len(own) == 1:
+        index = torch.from_numpy(selection.path(goes_to[own[0]], own[0])).to(value.device)
+        return Aligned(value.index_select(lead, index), axes, particles)
+    positions = []
+    for p in own:
+        t = goes_to[p]
+        index = torch.from_numpy(selection.path(t, p)) if p in gathered else torch.arange(value.shape[lead + own.index(p)])
+        positions.append(index.to(value.device).reshape([-1 if a == t else 1 for a in axes]))
+    full = (slice(None),) * lead + tuple(positions)
+    return Aligned(value[full], axes, particles)

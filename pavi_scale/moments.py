@@ -1,0 +1,102 @@
+"""Posterior means and standard deviations of local latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavi_scale.elbo import Weights, correctors
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.gaussian import Dense
+from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.local import Core, Noise, draw, fit_core
+from pavi_scale.reduced import Reduced, Value
+
+
+def conditional_moments(core: Core, z: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a block's coordinates given the root and its sampled coarser blocks, `[K, n, C, e]`."""
+    gaussian = core.expansion.gaussian
+    if isinstance(gaussian, Dense):
+        inverse = torch.cholesky_inverse(gaussian.factor).diagonal(dim1=-2, dim2=-1)
+        return core.mode[name], gaussian.unpack(inverse)[name]
+    factor = gaussian.factor[name]
+    if factor.shape[-1] == 1:
+        variance = factor[..., 0] ** -2.0
+    else:
+        variance = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1)
+    return gaussian.conditional(name, core.mode, z), variance
+
+
+class Moments:
+    """Posterior means and standard deviations of a shard's latents, over a fixed set of root points.
+
+    Latents with the identity link and no correction are Rao-Blackwellised: the conditional moments are averaged, not the draws.
+
+    Args:
+        guide: The guide.
+        reduced: The shard's reduced model.
+        weights: Sites and corrections of its units.
+        noise: Standard normals.
+        repeats: Local draws per root point, where draws are needed.
+    """
+
+    def __init__(self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int) -> None:
+        self.guide, self.reduced, self.weights, self.noise, self.repeats = guide, reduced, weights, noise, repeats
+        self.corrections = correctors(weights, reduced)
+        self.first: dict[str, Tensor] = {}
+        self.second: dict[str, Tensor] = {}
+        self.shift: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, root: Mapping[str, Value], particles: int) -> None:
+        """Account for K root points."""
+        values: dict[str, Value] = dict(root)
+        links = self.guide.graph.links
+        self.count += particles
+        for component in self.guide.components:
+            local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
+            core = fit_core(local, differentiable=False, quadratic=self.guide.quadratic[component.name])
+            closed = {b.name for b in component.blocks if b.name not in self.corrections and all(links[n].identity for n in b.latents)}
+            times = 1 if len(closed) == len(component.blocks) else self.repeats
+            many = core if times == 1 else core.repeat(times)
+            sample = draw(many, self.noise, self.corrections)
+            mine = {n for b in component.blocks for n in b.latents}
+            values.update({n: Value(v.theta[::times], v.plates) for n, v in sample.values.items() if n in mine})
+            for block in component.blocks:
+                if block.name in closed:
+                    loc, variance = conditional_moments(many, sample.z, block.name)
+                for latent in block.latents:
+                    if block.name in closed:
+                        mean = local.split(block, latent, loc)
+                        self._accumulate(latent, particles, mean, local.split(block, latent, variance))
+                    else:
+                        theta = sample.values[latent].theta
+                        self._accumulate(latent, particles, theta.reshape(theta.shape[0], -1, *links[latent].event_shape), None)
+
+    def _accumulate(self, latent: str, weight: int, mean: Tensor, variance: Tensor | None) -> None:
+        mean = mean.to(torch.float64)
+        if latent not in self.shift:
+            self.shift[latent] = mean.mean(0)  # sums are taken about it: no cancellation
+            self.first[latent] = torch.zeros_like(self.shift[latent])
+            self.second[latent] = torch.zeros_like(self.shift[latent])
+        centred = mean - self.shift[latent]
+        square = (centred * centred).mean(0) + (0.0 if variance is None else variance.to(torch.float64).mean(0))
+        self.first[latent] += weight * centred.mean(0)
+        self.second[latent] += weight * square
+
+    def result(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Latent -> (mean, sd), each `[*sizes(plates), *event]` in the variable's own axis order."""
+        out = {}
+        for latent, shift in self.shift.items():
+            block = next(b for b in self.guide.blocks if latent in b.latents)
+            v = self.guide.graph.model.variables[latent]
+            mean = self.first[latent] / self.count
+            variance = (self.second[latent] / self.count - mean * mean).clamp_min(0.0)
+            sizes = self.reduced.sizes(block.plates)
+            order = [*(block.plates.index(p) for p in v.plates), *range(len(v.plates), len(v.plates) + len(v.dims))]
+            shaped = [t.reshape(*sizes, *self.guide.graph.shape(v)).permute(order).numpy() for t in (shift + mean, variance.sqrt())]
+            out[latent] = (shaped[0], shaped[1])
+        return out

@@ -1,0 +1,116 @@
+"""The plan of a fit: latents, bytes, disk and passes, and the refusal of what will not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pavi_scale.errors import PlanRefused
+from pavi_scale.guide.guide import Guide
+from pavi_scale.memory import format_bytes
+from pavi_scale.plates import Layout
+
+PROCESS_BYTES = 520 << 20  # a Python process with torch, zarr and xarray loaded: measured resident set, rounded up
+TEMPORARIES = 24  # arrays of the size of one chunk's values that a second-order expansion holds at its peak; measured by tests/test_memory.py
+ROOT_PASSES = 12  # full-data rounds of the finish, typically
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit will take; every figure is a function of cardinalities alone.
+
+    Args:
+        latents: Ground latents by variable.
+        data_bytes: The cohort's bytes.
+        cache_bytes: Data kept in memory between rounds, per process.
+        chunk: Ground units x particles computed at once.
+        chunk_bytes: Working memory of one chunk.
+        table_bytes: Free and hybrid rows with their optimiser moments.
+        index_bytes: Parent positions of ragged and crossed plates.
+        disk_bytes: Stored posterior (mean and sd).
+        processes: Processes that compute.
+        budget_bytes: Memory allowed per process.
+        method: How each group of latents is inferred.
+    """
+
+    latents: Mapping[str, int]
+    data_bytes: int
+    cache_bytes: int
+    chunk: int
+    chunk_bytes: int
+    table_bytes: int
+    index_bytes: int
+    disk_bytes: int
+    processes: int
+    budget_bytes: int
+    method: Mapping[str, str]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Modelled peak of one process."""
+        return PROCESS_BYTES + self.cache_bytes + self.chunk_bytes + self.table_bytes + self.index_bytes
+
+    def table(self) -> list[tuple[str, str]]:
+        """(what, figure) rows for people."""
+        rows = [(f"latent {name}", f"{count:,}") for name, count in self.latents.items()]
+        rows += [("latents in all", f"{sum(self.latents.values()):,}")]
+        rows += [(f"method {name}", how) for name, how in self.method.items()]
+        rows += [
+            ("cohort", format_bytes(self.data_bytes)),
+            ("memory: data kept", format_bytes(self.cache_bytes)),
+            ("memory: computing", format_bytes(self.chunk_bytes)),
+            ("memory: rows", format_bytes(self.table_bytes)),
+            ("memory: plate indices", format_bytes(self.index_bytes)),
+            ("memory: peak of a process", f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"),
+            ("processes", str(self.processes)),
+            ("disk: posterior", format_bytes(self.disk_bytes)),
+            ("passes over the cohort", f"about {ROOT_PASSES}, and one for the posterior"),
+        ]
+        return rows
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{what:28s} {figure}" for what, figure in self.table())
+
+
+def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, processes: int, itemsize: int, chunk: int, needs_whole: bool) -> Plan:
+    """Plan a fit within `budget` bytes per process.
+
+    Args:
+        guide: The guide.
+        layout: Cardinalities.
+        data_bytes: Bytes of the cohort in the computation's dtype.
+        budget: Bytes allowed per process.
+        processes: Processes that compute.
+        itemsize: Bytes of a number in the computation.
+        chunk: Wanted units x particles of one chunk.
+        needs_whole: Whether some component must see the whole cohort at once.
+
+    Raises:
+        PlanRefused: Even the smallest chunk does not fit; both figures are named.
+    """
+    model = guide.graph.model
+    latents = {v.name: math.prod(layout.cardinality[p] for p in v.plates) * math.prod(guide.graph.shape(v)) for v in model.latents}
+    width = max((math.prod(guide.graph.shape(v)) for v in model.of_kind("latent", "observed")), default=1)
+    columns = max((sum(b.dim if not c.elementwise else len(b.sizes) for b in c.blocks) for c in guide.components), default=1)
+    per_unit = itemsize * TEMPORARIES * (width + min(columns, 64) * 4)
+    tables = 3 * 8 * sum(2 * b.dim * math.prod(layout.cardinality[p] for p in b.plates) for b in guide.blocks if b.free)
+    index = sum(2 * x.nbytes for x in layout.index.values())
+    whole = max((math.prod(layout.cardinality[p] for p in v.plates) for v in model.of_kind("observed", "latent")), default=1)
+    room = budget - PROCESS_BYTES - tables - index
+    smallest = (whole if needs_whole else 1024) * per_unit
+    if room < smallest:
+        raise PlanRefused(
+            "the fit does not fit into the memory allowed", where="plan", expected=f"at most {format_bytes(budget)} per process",
+            got=f"at least {format_bytes(PROCESS_BYTES + tables + index + smallest)}", remedy="raise memory=, or use a smaller model",
+        )
+    chunk = max(whole if needs_whole else 1024, min(chunk, int(0.5 * room / per_unit)))
+    cache = min(2 * data_bytes, max(0, room - chunk * per_unit) // 2)
+    disk = sum(2 * n * (4 if n > 1_000_000 else 8) for n in latents.values())
+    method = {}
+    for component in guide.components:
+        kind = "Gaussian elimination" if component.tree else "one dense Gaussian"
+        exact = "exact" if guide.quadratic[component.name] else "mode and curvature"
+        free = [b.name for b in component.blocks if b.free]
+        method[component.name] = f"{kind}, {exact}" + (f", free rows for {', '.join(free)}" if free else "")
+    return Plan(latents, data_bytes, int(cache), chunk, chunk * per_unit, tables, index, disk, processes, budget, method)

@@ -1,0 +1,1 @@
+"""The posterior: stored moments, lazy draws, the xarray engine `pavi`."""

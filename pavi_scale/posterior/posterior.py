@@ -1,0 +1,215 @@
+"""The fitted posterior as the user sees it."""
+
+from __future__ import annotations
+
+import html
+import importlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pavi_scale.errors import InputError, RunError
+from pavi_scale.posterior.groups import all_groups, stored_group
+from pavi_scale.posterior.sampler import Context, Sampler, fetch, load
+from pavi_scale.run import Run
+
+
+class Posterior:
+    """A fitted posterior: stored moments, lazy draws, diagnostics.
+
+    Args:
+        run: The run it lives in.
+        context: Sampler, model and cohort of the run.
+
+    Example of use::
+
+        posterior = pavi_scale.fit(model, cohort, run="runs/radon")
+        posterior.datatree["posterior_mean"]["alpha"].sel(county="AITKIN")
+        posterior.sample(100, county=["AITKIN", "ANOKA"])
+    """
+
+    def __init__(self, run: Run, context: Context) -> None:
+        self._run, self._context = run, context
+
+    @classmethod
+    def open(cls, run: Run, context: Context | None = None) -> Posterior:
+        """The posterior of a run, its context obtained by the registered loader unless given."""
+        return cls(run, context or load(str(run.path)))
+
+    @property
+    def run(self) -> str:
+        """Path of the run directory."""
+        return str(self._run.path)
+
+    @property
+    def model(self) -> Any:
+        """The model that was fitted."""
+        return self._context.model
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        return self._run.state() if self._run.generation is not None else {}
+
+    @property
+    def status(self) -> str:
+        """How far to believe the fit: "ok", "unconverged" or "unreliable"."""
+        return str(self._state.get("status", "unconverged"))
+
+    @cached_property
+    def datatree(self) -> xr.DataTree:
+        """All groups in ArviZ's schema; `posterior` is lazy: (chain, draw, *plates, *dims)."""
+        return xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in all_groups(self._run, self._context).items()})
+
+    @property
+    def diagnostics(self) -> xr.Dataset:
+        """Per-unit diagnostics.
+
+        Raises:
+            RunError: The run was interrupted before they were computed.
+        """
+        return stored_group(self._run, "diagnostics")
+
+    def _sampler(self, seed: int) -> Sampler:
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise InputError("the seed must be a non-negative integer", where="seed", got=repr(seed))
+        return self._context.sampler if seed == 0 else self._context.sampler.with_seed(int(seed))
+
+    @cached_property
+    def _positions(self) -> xr.Dataset:
+        """Every plate and event dimension's positions, under its labels: what selections are resolved on."""
+        dims = self._context.dims
+        coords = {d: (d, labels) for d, labels in self._context.coords(dims).items()}
+        return xr.Dataset({f"position of {d}": (d, np.arange(self._context.size(d))) for d in dims}, coords=coords)
+
+    def sample(self, draws: int, seed: int = 0, **sel: Any) -> xr.Dataset:
+        """Draws of a selection, in memory, dims (draw, *plates, *dims).
+
+        Draw d of seed 0 is draw d of the lazy group `posterior`; another seed gives other numbers.
+
+        Args:
+            draws: Number of draws.
+            seed: Stream of draws.
+            **sel: Plate or event dimension -> label, list of labels or slice, as in `Dataset.sel` (positions where there are no labels).
+
+        Raises:
+            InputError: Unknown dimension or label, or `draws` is no positive integer.
+        """
+        if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
+            raise InputError("the number of draws must be a positive integer", where="sample", got=repr(draws))
+        if unknown := set(sel) - set(map(str, self._positions.dims)):
+            raise InputError(
+                "unknown dimension in a selection", where="sample", expected=f"among {sorted(map(str, self._positions.dims))}", got=sorted(unknown)
+            )
+        try:
+            chosen = self._positions.sel(sel)
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise InputError(
+                "the selection cannot be resolved", where="sample", expected="labels of the dimensions (positions where there are none)", got=f"{sel}: {error}"
+            ) from error
+        scalar = {d for d in sel if chosen[f"position of {d}"].ndim == 0}
+        if deep := [d for d in sel if chosen[f"position of {d}"].ndim > 1]:
+            raise InputError("a selection must be a label, a list or a slice", where=f"sample, {deep[0]!r}", got="an array of several dimensions")
+        picks = {d: np.atleast_1d(chosen[f"position of {d}"].values) for d in sel}
+        latents = self._context.latents
+        values = fetch(self._sampler(seed), latents, np.arange(draws), picks)
+        data = {}
+        for v in latents:
+            kept = [d for d in v.axes if d not in scalar]
+            data[v.name] = (("draw", *kept), values[v.name][(slice(None), *(0 if d in scalar else slice(None) for d in v.axes))])
+        coords = {str(n): c for n, c in chosen.coords.items()}
+        return xr.Dataset(data, coords={"draw": np.arange(draws), **coords}, attrs={"seed": int(seed)})
+
+    def elbo(self, particles: int = 16, seed: int = 0) -> tuple[float, float]:
+        """Evidence lower bound on the full data: (nats, standard error)."""
+        if isinstance(particles, bool) or not isinstance(particles, (int, np.integer)) or particles < 1:
+            raise InputError("the number of particles must be a positive integer", where="elbo", got=repr(particles))
+        nats, error = self._context.sampler.elbo(int(particles), int(seed))
+        return float(nats), float(error)
+
+    def extend(self, new_cohort: Any) -> Any:
+        """Posterior of new plate elements, without training (encoder and hybrid encodings).
+
+        Raises:
+            RunError: The encodings of this run have nothing to say about unseen units.
+        """
+        if self._context.extend is None:
+            raise RunError(
+                "this posterior cannot be extended",
+                where=self.run,
+                expected="encoder or hybrid encodings",
+                got="free encodings only",
+                remedy="fit again with encoding='encoder' or 'hybrid'",
+            )
+        return self._context.extend(new_cohort)
+
+    def summary(self, **options: Any) -> Any:
+        """ArviZ's table of the lazy draws (`arviz_stats.summary`); pass `var_names`, `ci_prob` and so on."""
+        # Two seconds of import that fitting and planning need not pay.
+        return importlib.import_module("arviz_stats").summary(self.datatree, **options)
+
+    def plot_elbo(self, figure: Any = None) -> Any:
+        """The ELBO trace of group `fit`, drawn on a new `matplotlib.figure.Figure` unless one is given.
+
+        Raises:
+            RunError: The run stores no trace.
+        """
+        trace = stored_group(self._run, "fit")
+        if "elbo" not in trace:
+            raise RunError("the run stores no ELBO trace", where=self.run, expected="variable 'elbo' in group 'fit'", got=sorted(map(str, trace.data_vars)))
+        elbo = trace["elbo"]
+        figure = figure or importlib.import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        steps = trace[elbo.dims[0]].values
+        axes.plot(steps, elbo.values, color="C0")
+        finite = elbo.values[np.isfinite(elbo.values)]
+        if finite.size > 10:
+            # The first steps dwarf the rest: show the part that still says something.
+            low, high = np.quantile(finite, 0.1), finite.max()
+            axes.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
+        axes.set(xlabel=str(elbo.dims[0]), ylabel="ELBO (nats)", title=f"status: {self.status}")
+        return figure
+
+    # -- what it looks like -------------------------------------------------------------------------------------------
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        rows = []
+        for v in self._context.latents:
+            dims = ", ".join(f"{d}: {n:,}" for d, n in zip(v.axes, v.shape, strict=True))
+            rows.append((v.name, f"({dims})", f"{v.size:,}", _bytes(v.size * v.dtype.itemsize)))
+        return rows
+
+    def _facts(self) -> list[tuple[str, str]]:
+        latents, cardinality = self._context.latents, self._context.layout.cardinality
+        elbo = self._state.get("elbo")
+        draw = sum(v.size * v.dtype.itemsize for v in latents)
+        return [
+            ("status", self.status),
+            ("ELBO", "not recorded" if elbo is None else f"{float(np.ravel(elbo)[0]):,.2f} nats"),
+            ("plates", ", ".join(f"{p} {n:,}" for p, n in cardinality.items()) or "none"),
+            ("latents", f"{sum(v.size for v in latents):,}"),
+            ("memory", f"{_bytes(draw)} a draw, {_bytes(2 * draw)} stored moments"),
+            ("run", self.run),
+        ]
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        width = max((len(r[0]) for r in rows), default=0)
+        lines = [f"  {name:<{width}}  {dims}  {count}" for name, dims, count, _ in rows]
+        return "\n".join(["<pavi_scale.Posterior>", *(f"{key}: {value}" for key, value in self._facts()), *lines])
+
+    def _repr_html_(self) -> str:
+        facts = "".join(f"<tr><th style='text-align:left'>{key}</th><td>{html.escape(value)}</td></tr>" for key, value in self._facts())
+        cells = "".join("<tr>" + "".join(f"<td style='text-align:left'>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
+        head = "<tr><th>latent</th><th>dims</th><th>size</th><th>a draw</th></tr>"
+        return f"<div><strong>pavi_scale.Posterior</strong><table>{facts}</table><table>{head}{cells}</table></div>"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,44 @@
+"""Progress of a fit on standard error: stage, bound, rate."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import Progress as RichProgress
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Progress:
+    """A spinner with the present stage, its steps, bound and rate; silent if not wanted.
+
+    Args:
+        show: Whether to show anything.
+    """
+
+    def __init__(self, show: bool) -> None:
+        self._bar = RichProgress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True, disable=not show)
+        self._task = self._bar.add_task("start")
+        self._stage, self._steps, self._since = "", 0, time.monotonic()
+
+    def stage(self, name: str) -> None:
+        """Enter a stage."""
+        if name != self._stage:
+            self._stage, self._steps, self._since = name, 0, time.monotonic()
+            self._bar.update(self._task, description=name)
+
+    def update(self, stage: str, value: float, share: float) -> None:
+        """Account for one step of a stage."""
+        self.stage(stage)
+        self._steps += 1
+        rate = self._steps / max(time.monotonic() - self._since, 1e-9)
+        done = f", {100 * share:.0f} %" if share == share else ""
+        self._bar.update(self._task, description=f"{stage}: step {self._steps}, bound {value:,.3f}, {rate:.1f}/s{done}")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()

@@ -1,0 +1,171 @@
+"""Draws and moments of a fitted guide.
+
+Draw d of a ground unit is a function of (seed, block, ground index, d): the same whatever slice is asked for (see `rng`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavi_scale import rng
+from pavi_scale.batching import closure, shards, splittable
+from pavi_scale.computation import Arrays, StudyComputation, flat_positions, precision
+from pavi_scale.elbo import correctors, log_root
+from pavi_scale.guide.blocks import Block, Component, lies_below
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.local import draw, fit_core
+from pavi_scale.plates import Selection
+from pavi_scale.reduced import Value
+
+
+def needed(components: Sequence[Component], computation: StudyComputation, names: Sequence[str]) -> list[Component]:
+    """Components whose values the named latents depend on, in order."""
+    owner = {n: c for c in components for b in c.blocks for n in b.latents}
+    wanted = {owner[n].name for n in names if n in owner}
+    for component in reversed(components):
+        if component.name in wanted:
+            for f in component.factors:
+                v = computation.graph.model.variables[f.variable]
+                wanted |= {owner[p].name for p in (*v.parents, v.name) if p in owner}
+    return [c for c in components if c.name in wanted]
+
+
+def inputs(computation: StudyComputation, components: Sequence[Component]) -> list[str]:
+    """Observed variables and covariates that the components read."""
+    model = computation.graph.model
+    touched = [model.variables[f.variable] for c in components for f in c.factors]
+    names = {n for v in touched for n in (v.name, *v.parents)} | {p for v in model.latents if not v.plates for p in v.parents}
+    return [n for n in model.variables if n in names and model.variables[n].kind != "latent"]
+
+
+@dataclass
+class GuideSampler:
+    """The `Sampler` of a fitted study.
+
+    Args:
+        computation: The study's computation, in this process.
+        state: Its weights: `pool/points`, `pool/weight`, `root/loc`, `root/raw`, tables of rows, corrections.
+        base: Seed of the fit.
+        seed: Number of the stream of draws.
+    """
+
+    computation: StudyComputation
+    state: Arrays
+    base: int = 0
+    seed: int = 0
+
+    def with_seed(self, seed: int) -> GuideSampler:
+        """The same guide with another stream of draws."""
+        return GuideSampler(self.computation, self.state, self.base, seed)
+
+    def root_points(self, draws: np.ndarray) -> np.ndarray:
+        """Root coordinates of the draws, `[len(draws), R]`."""
+        u = rng.uniform(rng.stream(self.base, "draw", self.seed, "root"), draws)
+        weight = np.cumsum(self.state["pool/weight"])
+        return self.state["pool/points"][np.searchsorted(weight / weight[-1], u).clip(0, len(weight) - 1)]
+
+    def draw(self, names: Sequence[str], draws: np.ndarray, units: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Values of latents, `[len(draws), *units of the plates, *dims]`; a plate left out of `units` stands for all its units."""
+        study = self.computation
+        model = study.graph.model
+        draws = np.asarray(draws)
+        components = needed(study.guide.components, study, names)
+        asked = {p: np.asarray(units[p]) if p in units else np.arange(study.layout.cardinality[p]) for n in names for p in model.variables[n].plates}
+        selection = self._selection(components, asked)
+        out: dict[str, list[np.ndarray]] = {n: [] for n in names}
+        with precision(study.dtype), torch.no_grad():
+            reduced = study.reduced(selection, inputs(study, components))
+            weights = study.weights(self.state, reduced)
+            corrections = correctors(weights, reduced)
+            size = study.per_chunk(reduced)
+            for start in range(0, len(draws), size):
+                part = draws[start : start + size]
+                values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
+                noise = self._noise(selection, part)
+                for component in components:
+                    core = fit_core(LocalModel(component, reduced, values, weights.sites, len(part)), differentiable=False, quadratic=study.guide.quadratic[component.name])
+                    values.update(draw(core, noise, corrections).values)  # type: ignore[arg-type]
+                for n in names:
+                    out[n].append(self._pick(values[n], model.variables[n].plates, selection, asked))
+        return {n: np.concatenate(parts) for n, parts in out.items()}
+
+    def _selection(self, components: Sequence[Component], asked: Mapping[str, np.ndarray]) -> Selection:
+        """The smallest closed selection that holds what is asked for."""
+        study = self.computation
+        chosen: dict[str, np.ndarray] = {}
+        plates = study.graph.model.plates
+        for top in splittable(study.graph.model, components):
+            below = [p for p in asked if lies_below(plates, (p,), (top,))]
+            if below:
+                chosen[top] = np.unique(np.concatenate([study.layout.path(p, top)[asked[p]] for p in below]))
+            elif not any(lies_below(plates, b.plates, (top,)) for c in components for b in c.blocks):
+                chosen[top] = np.arange(1)  # nothing asked for depends on it
+        return closure(study.layout, chosen)
+
+    def _noise(self, selection: Selection, draws: np.ndarray) -> Any:
+        study = self.computation
+
+        def noise(block: Block, shape: tuple[int, ...]) -> Tensor:
+            units = flat_positions(study.layout, selection, block)
+            key = rng.stream(self.base, "draw", self.seed, block.name)
+            grid = rng.normal(key, draws[:, None, None], units[None, :, None], np.arange(shape[2] * shape[3])[None, None, :])
+            return torch.from_numpy(grid.reshape(shape)).to(study.dtype)
+
+        return noise
+
+    def _pick(self, value: Value, plates: tuple[str, ...], selection: Selection, asked: Mapping[str, np.ndarray]) -> np.ndarray:
+        order = [0, *(1 + value.plates.index(p) for p in plates), *range(1 + len(plates), value.theta.ndim)]
+        array = value.theta.permute(order).to(torch.float64).numpy()
+        for axis, p in enumerate(plates, start=1):
+            at = np.searchsorted(selection.units[p], asked[p])
+            if len(at) != array.shape[axis]:
+                array = array.take(at, axis)
+        return array
+
+    def elbo(self, particles: int, seed: int) -> tuple[float, float]:
+        """Full-data ELBO in nats and its standard error, root drawn from the Gaussian q(root)."""
+        study = self.computation
+        key = rng.stream(self.base, "elbo", seed)
+        loc, raw = self.state["root/loc"], self.state["root/raw"]
+        chol = np.tril(raw, -1) + np.diag(np.exp(np.diagonal(raw)))
+        eps = rng.normal(key, np.arange(particles)[:, None], np.arange(len(loc))[None, :])
+        # Antithetic pairs, so that what is linear in the root cancels.
+        half = (particles + 1) // 2
+        eps = np.concatenate([eps[:half], -eps[:half]])[:particles] if len(loc) else eps
+        z = torch.tensor(loc + eps @ chol.T)
+        with precision(study.dtype), torch.no_grad():
+            total = (study.space.log_prior(z.to(study.dtype)).double() - log_root(torch.tensor(loc), torch.tensor(chol), z)).numpy()
+        state = {**self.state, "points": z.numpy()}
+        for shard in shards(study.layout, study.settings.split, self.per_shard()):
+            total = total + study.compute("elbo", state, {"shard": (shard.plate, shard.start, shard.stop, shard.first), "seed": seed})["bound"]
+        pairs = 0.5 * (total[:half][: particles // 2] + total[half:]) if particles > 1 and len(loc) else total
+        error = float(pairs.std(ddof=1) / np.sqrt(len(pairs))) if len(pairs) > 1 else float("nan")
+        return float(total.mean()), error
+
+    def per_shard(self) -> int:
+        """Units of the split plate computed at once."""
+        return shard_length(self.computation)
+
+
+def shard_length(study: StudyComputation, particles: int = 1) -> int:
+    """Units of the split plate in one shard, from the chunk budget of the settings."""
+    split = study.settings.split
+    if split is None:
+        return 1
+    layout = study.layout
+    values = 0
+    for v in study.graph.model.of_kind("observed", "latent"):
+        if lies_below(layout.plates, v.plates, (split,)):
+            values += int(np.prod([layout.cardinality[p] for p in v.plates])) * max(1, int(np.prod(study.graph.shape(v))))
+    per_unit = max(1.0, values / layout.cardinality[split])
+    length = max(1, int(8 * study.settings.chunk / (per_unit * particles)))
+    chunk = study.cohort.chunk(split)
+    if chunk and length > chunk:
+        length -= length % chunk
+    return min(length, layout.cardinality[split])

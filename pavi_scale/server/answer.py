@@ -1,0 +1,74 @@
+"""One task answered so that the bits do not depend on the engine: same thread count, same memory layout, same alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from pavi_scale.errors import WorkerError
+from pavi_scale.server.protocol import Computation
+
+# Vector kernels may sum in another order when memory is aligned differently; buffers off the network are aligned to nothing.
+_ALIGNMENT = 64
+
+
+def aligned(array: Any) -> np.ndarray:
+    """The array itself if it is writable, C-contiguous and aligned to 64 bytes, else such a copy; shape and dtype are kept.
+
+    Example:
+        >>> aligned(np.arange(6.0).reshape(2, 3).T).flags.c_contiguous
+        True
+    """
+    given: np.ndarray = np.asarray(array)
+    if given.flags.c_contiguous and given.flags.writeable and given.ctypes.data % _ALIGNMENT == 0:
+        return given
+    if given.dtype.hasobject:
+        return given.copy(order="C")
+    buffer = np.empty(given.nbytes + _ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    out: np.ndarray = np.ndarray(given.shape, given.dtype, buffer=buffer, offset=start)
+    out[...] = given
+    return out
+
+
+def align_all(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`aligned` for the arrays among `values`."""
+    return {name: aligned(value) if isinstance(value, np.ndarray | np.generic) else value for name, value in values.items()}
+
+
+def answer(computation: Computation, kind: str, state: Mapping[str, np.ndarray], task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The computation's answer to one task, as plain arrays.
+
+    Args:
+        computation: What answers.
+        kind: The round's kind.
+        state: The round's state; arrays must be `aligned`.
+        task: The task.
+
+    Raises:
+        WorkerError: The answer is no mapping of names to numeric arrays.
+    """
+    result = computation.compute(kind, state, align_all(task))
+    if not isinstance(result, Mapping):
+        raise WorkerError("a computation must answer with named arrays", where=f"kind {kind!r}", expected="dict[str, ndarray]", got=type(result).__name__)
+    arrays = {name: aligned(value) for name, value in result.items()}
+    for name, array in arrays.items():
+        if not isinstance(name, str) or array.dtype.kind in "OV":
+            raise WorkerError("a computation must answer with numeric arrays", where=f"kind {kind!r}, array {name!r}", got=f"dtype {array.dtype}")
+    return arrays
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run the body with torch's thread count set to `count` (None: as it is); the former count comes back afterwards."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

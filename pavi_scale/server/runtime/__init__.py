@@ -1,0 +1,102 @@
+"""The engine for a Dask cluster: a thin runtime that feeds the server's state machine and carries its instructions out."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from distributed import Client
+
+from pavi_scale.errors import InputError, WorkerError
+from pavi_scale.server.answer import align_all
+from pavi_scale.server.protocol import Spec
+from pavi_scale.server.runtime.hub import Answers, Hub
+from pavi_scale.server.runtime.wire import pack, pack_object
+
+__all__ = ["DaskEngine"]
+
+
+class DaskEngine:
+    """Answers rounds on the workers of a Dask cluster.
+
+    The driver listens next to its client (same interface, same TLS); one long Dask task per worker pulls tasks from it. Nothing passes through
+    the scheduler but the start of these loops, so a round goes on while the scheduler is away. Workers may come and go at any time.
+
+    Args:
+        client: A synchronous `distributed.Client`.
+        spec: The computation; pickled to each worker once.
+        heartbeat: Seconds between a worker's heartbeats.
+        timeout: Seconds of silence after which a worker is dead and its tasks go to others; also how long a round waits with no worker left.
+        startup: Seconds that a round waits for the very first worker.
+
+    Raises:
+        InputError: The client is asynchronous or closed.
+    """
+
+    def __init__(self, client: Client, spec: Spec, *, heartbeat: float = 2.0, timeout: float = 15.0, startup: float = 60.0) -> None:
+        if client.asynchronous or client.status != "running":
+            raise InputError("the client cannot be used", where="DaskEngine(client=...)", expected="a running, synchronous Client", got=repr(client))
+        self._client = client
+        self._hub = Hub(client, spec, heartbeat, timeout, startup)
+        client.sync(self._hub.start)
+
+    @property
+    def address(self) -> str:
+        """Where the driver listens."""
+        return self._hub.address
+
+    @property
+    def parallelism(self) -> int:
+        """Tasks that run at the same time: one per worker of the cluster."""
+        return max(1, self._hub.enlisted)
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Messages that had no effect, by reason: repeated, late, from expired workers."""
+        return dict(self._hub.ignored)
+
+    def round(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
+        """The answers to `tasks`, in their order; blocks.
+
+        Args:
+            kind: What is asked.
+            state: Named arrays that all tasks share; sent to each worker once. Must not change before the round ends.
+            tasks: One picklable mapping per task.
+
+        Raises:
+            PaviError: As raised by the computation on a worker (same type, the package's own).
+            WorkerError: The computation raised anything else, or no worker is left.
+        """
+        if not self._alive():
+            raise WorkerError("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")
+        answers: concurrent.futures.Future[Answers] = concurrent.futures.Future()
+        self._client.loop.add_callback(self._hub.begin, kind, pack(align_all(state)), [pack_object(dict(task)) for task in tasks], answers)
+        try:
+            while True:
+                try:
+                    return answers.result(timeout=5.0)
+                except TimeoutError:
+                    if not self._alive():
+                        raise WorkerError("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used") from None
+        except KeyboardInterrupt:
+            self.close()
+            raise
+
+    def _alive(self) -> bool:
+        loop = self._client.loop
+        return bool(loop is not None and loop.asyncio_loop.is_running())
+
+    def close(self) -> None:
+        """End the worker loops and the listener."""
+        if self._alive():  # also when the client has lost its scheduler
+            asyncio.run_coroutine_threadsafe(self._hub.close(), self._client.loop.asyncio_loop).result()
+
+    def __enter__(self) -> DaskEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

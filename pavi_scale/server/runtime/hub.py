@@ -1,0 +1,318 @@
+"""The driver's side: a listener whose messages become events, and whose replies carry the state machine's instructions out."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import cloudpickle
+import numpy as np
+from distributed import Client, Future
+from distributed.comm import Comm, get_address_host, listen, unparse_host_port
+from distributed.comm.addressing import parse_address
+
+from pavi_scale.errors import PaviError, WorkerError
+from pavi_scale.server.protocol import (
+    Assign,
+    CompleteRound,
+    Event,
+    ExpireWorker,
+    FailRound,
+    Heartbeat,
+    Ignore,
+    Instruction,
+    Ready,
+    RoundCancelled,
+    RoundStarted,
+    TaskDone,
+    TaskFailed,
+    Tick,
+    WorkerFailed,
+    WorkerJoined,
+    WorkerLeft,
+)
+from pavi_scale.server.runtime.wire import Message, pack_object, rebuild, unpack
+from pavi_scale.server.runtime.worker import Contact, worker_loop
+from pavi_scale.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+Answers = list[dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A round as it is sent: the machine only knows its number of tasks."""
+
+    kind: str
+    version: int
+    state: Message
+    tasks: Sequence[Message]
+    answers: concurrent.futures.Future[Answers]
+
+
+@dataclass(frozen=True)
+class Parked:
+    """A worker's question that waits for a task: no polling, no delay."""
+
+    reply: asyncio.Future[Message]
+    holds: int
+
+
+def listen_address(client: Client) -> str:
+    """Where to listen: the interface by which the client reaches its scheduler, any port; never all interfaces."""
+    local = client.scheduler_comm.comm.local_address
+    scheme, _ = parse_address(local)
+    return f"{scheme}://" if scheme == "inproc" else f"{scheme}://{unparse_host_port(get_address_host(local), 0)}"
+
+
+class Hub:
+    """Runs in the client's event loop; all its methods but the constructor are called there.
+
+    Args:
+        client: A synchronous client.
+        spec: The computation, sent to each worker that joins.
+        heartbeat: Seconds between a worker's heartbeats.
+        timeout: Seconds of silence after which a worker is dead.
+        startup: Seconds that a round waits for the very first worker.
+    """
+
+    def __init__(self, client: Client, spec: object, heartbeat: float, timeout: float, startup: float) -> None:
+        self.machine = ServerState(timeout=timeout, startup=startup)
+        self.address = ""
+        self.ignored: Counter[str] = Counter()
+        self._client, self._spec = client, pack_object(spec, cloudpickle.dumps)
+        self._heartbeat, self._timeout = heartbeat, timeout
+        self._key = secrets.token_hex(16)
+        self._loops: dict[str, Future] = {}
+        self._comms: set[Comm] = set()
+        self._met: set[str] = set()
+        self._told: set[str] = set()
+        self._lifelines: dict[str, Comm] = {}
+        self._parked: dict[str, Parked] = {}
+        self._order: Order | None = None
+        self._versions = self._joins = self._starts = 0
+        self._closing = False
+        self._background: list[asyncio.Task[None]] = []
+
+    @property
+    def enlisted(self) -> int:
+        """Workers of the cluster that have a loop, or will have one soon."""
+        return len(self._loops)
+
+    async def start(self) -> None:
+        """Open the listener and start a loop on each worker."""
+        self._listener = await listen(listen_address(self._client), self._serve, deserialize=False, **self._client.security.get_listen_args("client"))
+        self.address = self._listener.contact_address
+        await self._enlist()
+        self._background = [
+            asyncio.create_task(self._repeat(self._tick, self._heartbeat / 2)),
+            asyncio.create_task(self._repeat(self._enlist, self._heartbeat)),
+        ]
+
+    def begin(self, kind: str, state: Message, tasks: Sequence[Message], answers: concurrent.futures.Future[Answers]) -> None:
+        """Start a round.
+
+        Args:
+            kind: What is asked.
+            state: The packed state.
+            tasks: The packed tasks.
+            answers: Where the answers, or the error, go.
+        """
+        if self._closing:
+            answers.set_exception(WorkerError("the engine is closed", where="DaskEngine.round", remedy="make a new one"))
+            return
+        self._versions += 1
+        before, self._order = self._order, Order(kind, self._versions, state, tasks, answers)
+        try:
+            self._handle(RoundStarted(kind, self._versions, len(tasks)))
+        except PaviError as error:
+            self._order = before
+            answers.set_exception(error)
+
+    def cancel(self) -> None:
+        """Give the present round up."""
+        self._order = None
+        self._handle(RoundCancelled())
+
+    async def close(self) -> None:
+        """Stop the worker loops, then the listener. A loop in the middle of a task hears of it with its next heartbeat."""
+        if self._closing:
+            return
+        self._closing = True
+        self.cancel()
+        for name in list(self._parked):
+            self._reply(name, {"op": "stop"})
+        # Loops that just start, or that are connecting again, are waited for: told nothing, they would look for the driver for a while.
+        until = time.monotonic() + 2 * self._heartbeat + 1.0
+        while time.monotonic() < until and (self._lifelines or not all(loop.done() for label, loop in self._loops.items() if label not in self._told)):
+            await asyncio.sleep(0.01)
+        for task in self._background:
+            task.cancel()
+        self._listener.stop()
+        for comm in list(self._comms):
+            comm.abort()
+        for future in self._loops.values():
+            future.release()
+        self._loops.clear()
+
+    async def _serve(self, comm: Comm) -> None:
+        self._comms.add(comm)
+        try:
+            while True:
+                message = await comm.read()
+                reply = await self._answer(comm, message)
+                await comm.write(reply)
+                if reply["op"] == "refused":
+                    break
+        except OSError as error:  # CommClosedError is one: the worker died, or left
+            logger.debug("connection from %s closed: %s", comm.peer_address, error)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning("dropped the connection from %s: malformed message (%s: %s)", comm.peer_address, type(error).__name__, error)
+        finally:
+            self._comms.discard(comm)
+            comm.abort()
+            for name in [name for name, life in self._lifelines.items() if life is comm]:
+                self._forget(name, "its connection closed")
+
+    async def _answer(self, comm: Comm, message: Message) -> Message:
+        op = message.get("op")
+        if op == "heartbeat" and self._lifelines.get(message.get("worker", "")) is comm:
+            self._handle(Heartbeat(message["worker"]))
+            if self._closing:
+                self._told.add(message["worker"].rpartition("#")[0])
+            return {"op": "stop" if self._closing else "go"}
+        if op == "heartbeat":
+            return {"op": "rejoin"}
+        if message.get("key") != self._key:
+            logger.warning("refused a message from %s: it does not know this engine's key", comm.peer_address)
+            return {"op": "refused"}
+        if self._closing:
+            self._told.add(message.get("label", ""))
+            return {"op": "stop"}
+        if op == "join":
+            self._joins += 1
+            name = f"{message['label']}#{self._joins}"
+            self._met.add(message["label"])
+            self._lifelines[name] = comm
+            self._handle(WorkerJoined(name))
+            return {"op": "joined", "worker": name}
+        if op == "spec":
+            return {"op": "spec", "spec": self._spec}
+        if op == "broken":
+            self._handle(WorkerFailed(message["worker"], rebuild(message["error"], f"worker {message['worker']}: building the computation")))
+            return {"op": "stop"}
+        if op == "exchange":
+            return await self._exchange(message)
+        return {"op": "refused"}
+
+    async def _exchange(self, message: Message) -> Message:
+        worker, push = message["worker"], message["push"]
+        if push is not None:
+            self._take(worker, push)
+        if worker not in self.machine.workers:
+            return {"op": "rejoin"}
+        self._reply(worker, {"op": "rejoin"})  # an older question of the same worker is nobody's any more
+        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._parked[worker] = Parked(reply, message["holds"])
+        self._handle(Ready(worker, message["seq"]))
+        return await reply
+
+    def _take(self, worker: str, push: Message) -> None:
+        place = (worker, push["round"], push["index"], push["token"])
+        if "error" in push:
+            where = f"task {push['index']} of round {push['round']}, on {worker}"
+            self._handle(TaskFailed(*place, error=rebuild(push["error"], where)))
+        else:
+            self._handle(TaskDone(*place, result=unpack(push["result"])))
+
+    def _handle(self, event: Event) -> None:
+        for instruction in self.machine.handle(event, time.monotonic()):
+            self._execute(instruction)
+
+    def _execute(self, instruction: Instruction) -> None:
+        match instruction:
+            case Assign():
+                self._assign(instruction)
+            case CompleteRound(results=results):
+                self._end(list(results))
+            case FailRound(error=error):
+                self._end(error)
+            case ExpireWorker(worker=worker):
+                if worker in self._lifelines:
+                    self._lifelines.pop(worker).abort()
+                self._reply(worker, {"op": "rejoin"})
+            case Ignore(reason=reason):
+                self.ignored[reason] += 1
+
+    def _assign(self, lease: Assign) -> None:
+        order, parked = self._order, self._parked.get(lease.worker)
+        if order is None or parked is None:
+            return
+        message = {"op": "task", "round": lease.round, "index": lease.index, "token": lease.token, "kind": order.kind}
+        if parked.holds != order.version:
+            message |= {"version": order.version, "state": order.state}
+        self._reply(lease.worker, message | {"task": order.tasks[lease.index]})
+
+    def _end(self, outcome: Answers | PaviError) -> None:
+        order, self._order = self._order, None
+        if order is None or order.answers.done():
+            return
+        if isinstance(outcome, PaviError):
+            order.answers.set_exception(outcome)
+        else:
+            order.answers.set_result(outcome)
+
+    def _reply(self, worker: str, message: Message) -> None:
+        parked = self._parked.pop(worker, None)
+        if parked is not None and not parked.reply.done():
+            parked.reply.set_result(message)
+
+    def _forget(self, worker: str, reason: str) -> None:
+        self._lifelines.pop(worker, None)
+        self._reply(worker, {"op": "rejoin"})
+        self._handle(WorkerLeft(worker, reason))
+
+    async def _repeat(self, what: Any, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await what()
+            except OSError as error:  # the scheduler is away: rounds go on without it
+                logger.debug("no word from the scheduler: %s", error)
+
+    async def _tick(self) -> None:
+        self._handle(Tick(expected=len(set(self._loops) - self._met)))
+
+    async def _enlist(self) -> None:
+        """Start a loop on each worker that has none; forget the loops of workers that the scheduler lost."""
+        addresses = set(await self._client.scheduler.ncores())
+        contact = Contact(self.address, self._key, self._heartbeat, self._timeout, 4 * self._timeout)
+        for address in addresses - set(self._loops) if self.machine.broken is None else ():
+            self._starts += 1
+            # A new key each time: Dask would answer a known one with the old loop's result.
+            key = f"pavi-loop-{self._key[:8]}-{self._starts}-{address}"
+            loop = self._client.submit(worker_loop, contact, key=key, workers=[address], allow_other_workers=False, pure=False, retries=0)
+            self._loops[address] = loop
+            loop.add_done_callback(partial(self._loop_done, address))
+        for address in set(self._loops) - addresses:
+            self._loops.pop(address).release()
+
+    def _loop_done(self, address: str, loop: Future) -> None:
+        # Called in a thread of Dask's; a loop that ended early is started again by the next `_enlist`.
+        reason = f"{address}: its loop failed: {loop.exception()!r}" if loop.status == "error" else None
+        self._client.loop.add_callback(self._retire, address, loop, reason)
+
+    def _retire(self, address: str, loop: Future, reason: str | None) -> None:
+        if not self._closing and self._loops.get(address) is loop:
+            del self._loops[address]
+            if reason is not None:
+                logger.warning("%s", reason)
+                self.machine.journal.append(reason)

@@ -1,0 +1,335 @@
+"""The parameter server as a state machine without I/O: events in, instructions out.
+
+A **round** is a kind, a state version and a number of tasks. Each task is leased to one worker under a fencing token; a lease lives as
+long as its worker sends heartbeats. Whatever the order, loss or repetition of messages, a task's result is taken exactly once: under the
+token of its present lease. A dead worker's lease goes back to the queue. The machine holds no payloads and no clock: `now` comes with each
+event, results are opaque references. So the same machine runs under Dask, in a simulation and in a property test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from pavi_scale.errors import PaviError, WorkerError
+from pavi_scale.server.protocol import (
+    Assign,
+    CompleteRound,
+    Computation,
+    Engine,
+    Event,
+    ExpireWorker,
+    FailRound,
+    Heartbeat,
+    Ignore,
+    Instruction,
+    Ready,
+    RoundCancelled,
+    RoundStarted,
+    Spec,
+    TaskDone,
+    TaskFailed,
+    Tick,
+    WorkerFailed,
+    WorkerJoined,
+    WorkerLeft,
+)
+
+__all__ = ["Computation", "Engine", "ServerState", "Spec"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right of one worker to answer one task of the present round."""
+
+    token: int
+    worker: str
+    index: int
+
+
+@dataclass(slots=True)
+class Worker:
+    """What the machine knows of a live worker; `rank` is its position in order of joining."""
+
+    name: str
+    rank: int
+    seen: float
+    asked: int = -1
+    ready: bool = False
+    lease: Lease | None = None
+
+
+@dataclass(slots=True)
+class Round:
+    """The round under way. Every task is in exactly one of `queues`, `leases`, `results`."""
+
+    number: int
+    kind: str
+    version: int
+    size: int
+    started: float
+    queues: list[deque[int]] = field(default_factory=list)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    results: dict[int, Any] = field(default_factory=dict)
+    losses: dict[int, int] = field(default_factory=dict)
+    stories: dict[int, list[str]] = field(default_factory=dict)
+
+    def share(self, tasks: list[int], workers: int) -> None:
+        """Queue `tasks` by preference: task i prefers worker i mod n, next to the data that it read in the round before."""
+        self.queues = [deque() for _ in range(max(workers, 1))]
+        for index in sorted(tasks):
+            self.queues[index % len(self.queues)].append(index)
+
+    def queued(self) -> list[int]:
+        """Tasks that nobody works on."""
+        return [index for queue in self.queues for index in queue]
+
+    def take(self, rank: int, steal: bool) -> int | None:
+        """The next task of worker `rank`'s own queue; or, if it may steal, the last one of the longest queue."""
+        if self.queues[rank]:
+            return self.queues[rank].popleft()
+        longest = max(self.queues, key=len)
+        return longest.pop() if steal and longest else None
+
+    def tell(self, index: int, now: float, text: str) -> None:
+        """Add a line to a task's story."""
+        self.stories.setdefault(index, []).append(f"{now - self.started:.3f} s {text}")
+
+    def story(self, index: int) -> str:
+        """What happened to a task so far."""
+        return f"task {index} of round {self.number} ({self.kind!r}, state {self.version}): " + ", ".join(self.stories.get(index, ["never leased"]))
+
+
+class ServerState:
+    """The machine. Call `handle` with each event, then carry out the instructions that it returns.
+
+    Args:
+        timeout: Seconds of silence after which a worker is dead; also how long a round waits with no worker left.
+        startup: Seconds that a round waits for the very first worker, or for one that was started but has not joined yet.
+        max_losses: Workers that may die over one task before the round fails.
+
+    Example:
+        >>> server = ServerState()
+        >>> _ = server.handle(WorkerJoined("w"), 0.0), server.handle(Ready("w", 0), 0.0)
+        >>> server.handle(RoundStarted("elbo", version=1, tasks=1), 0.0)
+        [Assign(worker='w', round=1, index=0, token=1)]
+        >>> server.handle(TaskDone("w", round=1, index=0, token=1, result="r"), 0.1)
+        [CompleteRound(round=1, results=('r',))]
+    """
+
+    def __init__(self, *, timeout: float = 15.0, startup: float = 60.0, max_losses: int = 5) -> None:
+        self.timeout, self.startup, self.max_losses = timeout, startup, max_losses
+        self.workers: dict[str, Worker] = {}
+        self.round: Round | None = None
+        self.rounds = 0
+        self.journal: deque[str] = deque(maxlen=20)
+        self._token = 0
+        self._now = self._ticked = self._alone_since = -math.inf
+        self._ever_joined = False
+        self.broken: PaviError | None = None
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take in one event.
+
+        Args:
+            event: What happened.
+            now: Seconds on any clock; a step back counts as no time.
+
+        Raises:
+            PaviError: A round was started while another one is under way.
+        """
+        self._now = max(self._now, now)
+        match event:
+            case RoundStarted():
+                return self._start(event)
+            case RoundCancelled():
+                self._end_round()
+                return []
+            case Tick():
+                return self._tick(event)
+            case WorkerJoined():
+                return self._join(event)
+        worker = self.workers.get(event.worker)
+        if worker is None:
+            return [Ignore(event, "unknown worker: it never joined, left or expired")]
+        worker.seen = self._now
+        match event:
+            case Heartbeat():
+                return []
+            case Ready():
+                return self._ready(worker, event)
+            case WorkerLeft():
+                return self._drop(worker, event.reason)
+            case WorkerFailed():
+                self.broken = event.error
+                return self._fail(event.error)
+        return self._finish(worker, event)
+
+    def validate(self) -> None:
+        """Check the invariants.
+
+        Raises:
+            PaviError: One does not hold; a defect of this module.
+        """
+        broken = [w.name for rank, w in enumerate(self.workers.values()) if w.rank != rank or (w.ready and w.lease is not None)]
+        held = {w.lease.index: w.lease for w in self.workers.values() if w.lease is not None}
+        if self.round is None:
+            broken += [f"lease {lease} outside a round" for lease in held.values()]
+        else:
+            r = self.round
+            places = sorted([*r.queued(), *r.leases, *r.results])
+            tokens = [lease.token for lease in r.leases.values()]
+            laws = {
+                "each task is in one place": places == list(range(r.size)),
+                "the round is not complete": len(r.results) < r.size,
+                "leases are those the workers hold": r.leases == held and all(self.workers[lease.worker].lease is lease for lease in held.values()),
+                "tokens are unique": len(set(tokens)) == len(tokens) and max(tokens, default=0) <= self._token,
+                "no worker idles while tasks wait": not (r.queued() and any(w.ready for w in self.workers.values())),
+                "one queue a worker": len(r.queues) == max(len(self.workers), 1),
+            }
+            broken += [law for law, holds in laws.items() if not holds]
+        if broken:
+            raise PaviError("the server's state is inconsistent", where=f"round {self.rounds}", got=broken, remedy="report this as a defect")
+
+    def _start(self, event: RoundStarted) -> list[Instruction]:
+        if self.round is not None:
+            raise PaviError("a round is under way", where=f"round {self.round.number} ({self.round.kind!r})", remedy="wait for its answers, or cancel it")
+        self.rounds += 1
+        if self.broken is not None:
+            return [FailRound(self.rounds, self.broken)]
+        if event.tasks == 0:
+            return [CompleteRound(self.rounds, ())]
+        self.round = Round(self.rounds, event.kind, event.version, event.tasks, self._now)
+        self.round.share(list(range(event.tasks)), len(self.workers))
+        return self._dispatch(list(self.workers.values()))
+
+    def _join(self, event: WorkerJoined) -> list[Instruction]:
+        if event.worker in self.workers:
+            return [Ignore(event, "joined already")]
+        self.workers[event.worker] = Worker(event.worker, len(self.workers), self._now)
+        self._ever_joined = True
+        self._note(f"{event.worker} joined")
+        return self._reshare([])
+
+    def _ready(self, worker: Worker, event: Ready) -> list[Instruction]:
+        if event.seq < worker.asked:
+            return [Ignore(event, "late question")]
+        worker.asked = event.seq
+        if worker.lease is not None and self.round is not None:
+            # A worker that asks while it holds a lease never got it: the same lease again, so that nothing is leased twice.
+            return [Assign(worker.name, self.round.number, worker.lease.index, worker.lease.token)]
+        worker.ready = True
+        return self._dispatch([worker])
+
+    def _finish(self, worker: Worker, event: TaskDone | TaskFailed) -> list[Instruction]:
+        r = self.round
+        if r is None or event.round != r.number:
+            return [Ignore(event, "the round is over")]
+        if event.index in r.results:
+            return [Ignore(event, "answered already")]
+        lease = r.leases.get(event.index)
+        if lease is None or lease.token != event.token or lease.worker != worker.name:
+            return [Ignore(event, "stale token: the task was leased again")]
+        if isinstance(event, TaskFailed):
+            return self._fail(event.error)
+        del r.leases[event.index]
+        worker.lease = None
+        r.results[event.index] = event.result
+        if len(r.results) < r.size:
+            return []
+        self._end_round()
+        return [CompleteRound(r.number, tuple(r.results[index] for index in range(r.size)))]
+
+    def _tick(self, event: Tick) -> list[Instruction]:
+        gap = self._now - self._ticked
+        self._ticked = self._now
+        if math.isfinite(gap) and gap > self.timeout / 2:
+            # The driver itself slept (stopped, starved): heartbeats may wait unread, so the time does not count against the workers.
+            for worker in self.workers.values():
+                worker.seen += gap
+        out: list[Instruction] = []
+        for worker in [w for w in self.workers.values() if self._now - w.seen > self.timeout]:
+            reason = f"silent for {self._now - worker.seen:.1f} s"
+            out += [ExpireWorker(worker.name, reason), *self._drop(worker, reason)]
+        if self.round is not None and not self.workers:
+            patience = self.startup if event.expected or not self._ever_joined else self.timeout
+            if self._now - max(self._alone_since, self.round.started) > patience:
+                out += self._fail(self._no_worker(patience))
+        return out
+
+    def _drop(self, worker: Worker, reason: str) -> list[Instruction]:
+        del self.workers[worker.name]
+        for rank, other in enumerate(self.workers.values()):
+            other.rank = rank
+        if not self.workers:
+            self._alone_since = self._now
+        self._note(f"{worker.name} left: {reason}")
+        if self.round is None or worker.lease is None:
+            return self._reshare([])
+        index = worker.lease.index
+        del self.round.leases[index]
+        self.round.losses[index] = self.round.losses.get(index, 0) + 1
+        self.round.tell(index, self._now, f"lost with {worker.name} ({reason})")
+        if self.round.losses[index] < self.max_losses:
+            return self._reshare([index])
+        error = WorkerError(
+            "a task was lost with its worker too often",
+            where=self.round.story(index),
+            expected=f"fewer than {self.max_losses} losses",
+            remedy="look into the workers' logs: a task that exceeds the memory limit kills each worker that takes it",
+        )
+        return self._fail(error)
+
+    def _no_worker(self, patience: float) -> WorkerError:
+        r = self.round
+        if r is None:
+            raise PaviError("no round is under way", remedy="report this as a defect")
+        lost = sorted(r.losses) or r.queued()[:1]
+        return WorkerError(
+            "no worker is left" if self._ever_joined else "no worker joined",
+            where="; ".join(r.story(index) for index in lost[:3]),
+            expected=f"a worker within {patience:g} s; {len(r.results)} of {r.size} tasks were answered",
+            got="; ".join(self.journal) or "no word from any worker",
+            remedy="check that the cluster has workers, that they can reach the driver's address, and their logs",
+        )
+
+    def _reshare(self, returned: list[int]) -> list[Instruction]:
+        if self.round is None:
+            return []
+        self.round.share([*self.round.queued(), *returned], len(self.workers))
+        return self._dispatch(list(self.workers.values()))
+
+    def _dispatch(self, workers: list[Worker]) -> list[Instruction]:
+        out: list[Instruction] = []
+        if self.round is None:
+            return out
+        # Preferred tasks first for everybody, so that nobody's own task is stolen by one that comes earlier in the list.
+        for steal in (False, True):
+            for worker in workers:
+                index = self.round.take(worker.rank, steal) if worker.ready else None
+                if index is None:
+                    continue
+                self._token += 1
+                worker.ready, worker.lease = False, Lease(self._token, worker.name, index)
+                self.round.leases[index] = worker.lease
+                self.round.tell(index, self._now, f"leased to {worker.name} (token {self._token})")
+                out.append(Assign(worker.name, self.round.number, index, self._token))
+        return out
+
+    def _fail(self, error: PaviError) -> list[Instruction]:
+        if self.round is None:
+            return []
+        number = self.round.number
+        self._end_round()
+        return [FailRound(number, error)]
+
+    def _end_round(self) -> None:
+        self.round = None
+        for worker in self.workers.values():
+            worker.lease = None
+
+    def _note(self, text: str) -> None:
+        since = "" if self.round is None else f"{self._now - self.round.started:.1f} s into round {self.round.number}: "
+        self.journal.append(since + text)

@@ -1,0 +1,169 @@
+"""From a model and a cohort to a study that can be computed: checks, schemes of encodings, structure, plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pavi_scale.batching import closure, split_plate, splittable
+from pavi_scale.cohort import Cohort
+from pavi_scale.computation import Settings, StudySpec, make_graph, precision
+from pavi_scale.errors import CohortError, InputError, PlanRefused
+from pavi_scale.guide.blocks import DENSE_LIMIT, Block, choose_free, coordinates, make_blocks
+from pavi_scale.guide.guide import Guide, probe
+from pavi_scale.guide.root import RootSpace
+from pavi_scale.memory import format_bytes, parse_bytes
+from pavi_scale.model.density import Graph
+from pavi_scale.planning import Plan, make_plan
+from pavi_scale.reduced import Reduced, Value, read
+
+SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
+Encoding = str | Mapping[object, str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model on a cohort, ready to be computed.
+
+    Args:
+        cohort: The data.
+        graph: The model with its links.
+        guide: The guide's structure.
+        settings: How to compute.
+        plan: What it will take.
+        trained: Blocks whose corrections are trained whatever the core reaches (encoder and hybrid schemes).
+    """
+
+    cohort: Cohort
+    graph: Graph
+    guide: Guide
+    settings: Settings
+    plan: Plan
+    trained: tuple[str, ...]
+
+    @property
+    def spec(self) -> StudySpec:
+        """What workers build."""
+        return StudySpec(self.cohort.model, self.cohort.spec(), self.settings)
+
+
+def schemes_of(encoding: Encoding, blocks: list[Block], plates: Mapping[str, object]) -> dict[str, str]:
+    """Scheme of each block.
+
+    Args:
+        encoding: One scheme for all, or {plate set: scheme} with plate sets as a name, a tuple of names, or names joined by "*" or ",".
+        blocks: Blocks of the model.
+        plates: The model's plates.
+
+    Raises:
+        InputError: Unknown scheme or plate set.
+    """
+    if isinstance(encoding, str):
+        table: dict[frozenset[str], str] = {frozenset(b.plates): encoding for b in blocks}
+    else:
+        table = {}
+        for key, scheme in encoding.items():
+            names = key.replace("*", ",").split(",") if isinstance(key, str) else list(key)  # type: ignore[call-overload]
+            where = frozenset(n.strip() for n in names)
+            if not any(frozenset(b.plates) == where for b in blocks):
+                raise InputError("encoding names plates that no latent lives on", where="encoding", expected=f"one of {[b.name for b in blocks]}", got=repr(key))
+            table[where] = scheme
+    for scheme in table.values():
+        if scheme not in SCHEMES:
+            raise InputError("unknown encoding scheme", where="encoding", expected=f"one of {SCHEMES}", got=repr(scheme))
+    return {b.name: table.get(frozenset(b.plates), "auto") for b in blocks}
+
+
+def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", processes: int = 1, threads: int = 1, seed: int = 0) -> Study:
+    """Check everything and decide how to compute.
+
+    Raises:
+        ModelError: A law is ill-formed.
+        CohortError: Data outside the support of their law.
+        PlanRefused: It will not fit in memory.
+    """
+    budget = parse_bytes(memory)
+    graph = make_graph(cohort)
+    check_supports(graph, cohort)
+    cardinality = cohort.layout.cardinality
+    schemes = schemes_of(encoding, make_blocks(graph), graph.model.plates)
+    forced = frozenset(frozenset(b.plates) for b in make_blocks(graph) if schemes[b.name] == "free")
+    free = choose_free(graph, cardinality, forced)
+    for block in make_blocks(graph, free):
+        if block.free and schemes[block.name] in ("encoder", "hybrid"):
+            raise InputError("this block cannot have the scheme: its pool of data is not local", where=f"encoding of {block.name!r}", expected="'auto' or 'free'", got=schemes[block.name])
+    structure = look(graph, cohort, free, seed)
+    guide = Guide(graph, free, structure)
+    path = "float32" if free else "float64"
+    split = split_plate(graph.model, cohort.layout, guide.components)
+    whole = any(not c.tree for c in guide.components)
+    values = sum(math.prod(cardinality[p] for p in v.plates) * math.prod(graph.shape(v)) for v in graph.model.of_kind("observed", "covariate"))
+    itemsize = 4 if free else 8
+    plan = make_plan(guide, cohort.layout, values * itemsize, budget, processes=processes, itemsize=itemsize, chunk=1 << 18, needs_whole=whole or split is None)
+    for c in guide.components:
+        if not c.tree and coordinates(c, cardinality) > 4 * DENSE_LIMIT:
+            raise PlanRefused("a crossed component is too large to be solved at once", where=c.name, expected=f"at most {4 * DENSE_LIMIT:,} coordinates", got=f"{coordinates(c, cardinality):,}", remedy="give its coarsest plates encoding='free'")
+    trained = tuple(b.name for b in guide.blocks if schemes[b.name] in ("encoder", "hybrid"))
+    kinds = {b.name: schemes[b.name] if schemes[b.name] in ("encoder", "hybrid") else "likelihood" for b in guide.blocks if not b.free}
+    settings = Settings(
+        tuple(tuple(sorted(f)) for f in sorted(free, key=sorted)), kinds, structure, split, path, threads, plan.cache_bytes, plan.chunk,
+    )
+    return Study(cohort, graph, guide, settings, plan, trained)
+
+
+def check_supports(graph: Graph, cohort: Cohort) -> None:
+    """Refuse observations outside the support of their law (looked at in the first units, up to a million values).
+
+    Raises:
+        CohortError: With the position of the first one.
+    """
+    for v in graph.model.of_kind("observed"):
+        units = {p: np.arange(cohort.layout.cardinality[p]) for p in v.plates}
+        if v.plates:
+            rest = math.prod(len(u) for u in units.values()) * math.prod(graph.shape(v)) // len(units[v.plates[0]])
+            units[v.plates[0]] = units[v.plates[0]][: max(1, 1_000_000 // max(rest, 1))]
+        x = torch.as_tensor(np.asarray(cohort.read(v.name, units))).to(torch.float64)
+        if v.missing == "mask":
+            x = torch.where(torch.isnan(x), x[~torch.isnan(x)].flatten()[0] if bool((~torch.isnan(x)).any()) else torch.zeros(()), x)
+        good = graph.supports[v.name].check(x)
+        if not bool(good.all()):
+            at = [int(i) for i in torch.nonzero(~good)[0]]
+            raise CohortError("observation outside the support of its law", where=f"variable {v.name!r}, position {dict(zip((*v.plates, *v.dims), at, strict=False))}", expected=str(graph.supports[v.name]), got=float(x[tuple(at)].flatten()[0]), remedy="choose another law, or correct the data")
+
+
+def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Reduced:
+    """A reduced model of the first few units of each splittable plate."""
+    tops = splittable(graph.model, guide.components)
+    selection = closure(cohort.layout, {p: np.arange(min(units, cohort.layout.cardinality[p])) for p in tops})
+    names = [v.name for v in graph.model.of_kind("observed", "covariate")]
+    return Reduced(graph, selection, read(graph, selection, names, cohort))
+
+
+def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, bool]]:
+    """Structure of the components, probed on a few units at values drawn from the prior."""
+    guide = Guide(graph, free)
+    if not guide.components:
+        return {}
+    with precision(torch.float64):
+        reduced = small_reduced(graph, cohort, guide, 3)
+        space = RootSpace(graph, reduced)
+        draws = []
+        for z in torch.from_numpy(space.prior_draws(2, seed)).split(1):
+            values: dict[str, Value] = dict(space.values(z))
+            for block in guide.blocks:
+                for latent in block.latents:
+                    mean = reduced.prior_mean(latent, values)
+                    link, v = graph.links[latent], graph.model.variables[latent]
+                    noisy = mean + 0.3 * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+                    values[latent] = Value(link.forward(noisy), v.plates)
+            draws.append(values)
+        return probe(graph, free, reduced, draws)
+
+
+def describe(study: Study) -> str:
+    """One line about a study."""
+    return f"{sum(study.plan.latents.values()):,} latents, {format_bytes(study.plan.data_bytes)} of data, peak {format_bytes(study.plan.peak_bytes)}"

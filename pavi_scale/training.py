@@ -1,0 +1,343 @@
+"""The driver's loops: what is asked of the engine, round after round, and what is done with the answers.
+
+Two ways lead to a root posterior. If every block's pool is local, the marginal bound is maximised and the root refitted to it (`marginal`).
+If some blocks have free rows, root and rows climb the reduced ELBO together by Adam over random selections.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm, qmc
+
+from pavi_scale.batching import batches, shards, splittable
+from pavi_scale.computation import StudyComputation, flat_positions
+from pavi_scale.batching import closure
+from pavi_scale.guide.root import StudentT
+from pavi_scale.marginal import Pool, find_mode, polish, refit, whitening
+from pavi_scale.optimizers import Adam
+from pavi_scale.rng import stream
+from pavi_scale.sampling import shard_length
+from pavi_scale.server.protocol import Engine
+
+Report = Callable[[str, float, float], None]  # (stage, bound, share done)
+POOL = 2048
+
+
+@dataclass
+class Fitted:
+    """What training leaves behind.
+
+    Args:
+        state: Named arrays: pool, q(root), rows, corrections.
+        trace: (stage, bound) per round.
+        converged: Whether every search met its criterion.
+        khat: Pareto k-hat of the root's importance weights.
+        samples: Local draws per unit in the importance-weighted bound.
+    """
+
+    state: dict[str, np.ndarray]
+    trace: list[tuple[str, float]]
+    converged: bool
+    khat: float
+    samples: int = 0
+
+
+@dataclass
+class Trainer:
+    """Runs one study's rounds.
+
+    Args:
+        study: The driver's own computation (small things only: prior draws, sizes).
+        engine: Who answers rounds.
+        seed: Seed of everything.
+        deadline: `time.monotonic()` by which training should end.
+        report: Told of progress.
+    """
+
+    study: StudyComputation
+    engine: Engine
+    seed: int
+    deadline: float
+    report: Report
+    trace: list[tuple[str, float]] = field(default_factory=list)
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds_per_point: float = 0.0
+
+    def tasks(self, **extra: Any) -> list[dict[str, Any]]:
+        """One task per shard of the cohort."""
+        length = shard_length(self.study)
+        n = self.study.layout.cardinality.get(self.study.settings.split or "", 1)
+        length = min(length, max(1, math.ceil(n / self.engine.parallelism)))
+        return [{"shard": (s.plate, s.start, s.stop, s.first), "seed": self.seed, **extra} for s in shards(self.study.layout, self.study.settings.split, length)]
+
+    def bound(self, points: np.ndarray, gradient: bool, samples: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+        """L at root points `[K, R]`, over all shards."""
+        began = time.monotonic()
+        state = {**self.state, "points": np.ascontiguousarray(points)}
+        answers = self.engine.round("bound", state, self.tasks(gradient=gradient, samples=samples))
+        z = torch.tensor(points, dtype=torch.float64, requires_grad=gradient)
+        prior = self.study.space.log_prior(z)
+        value = prior.detach().numpy() + sum(a["bound"] for a in answers)
+        self.seconds_per_point = (time.monotonic() - began) / len(points)
+        if not gradient:
+            return value, None
+        (own,) = torch.autograd.grad(prior.sum(), z) if prior.requires_grad else (torch.zeros_like(z),)
+        return value, own.numpy() + sum(a["gradient"] for a in answers)
+
+    def tell(self, stage: str, value: float) -> None:
+        """Record one step."""
+        self.trace.append((stage, value))
+        self.report(stage, value, math.nan)
+
+    # -- every pool local ---------------------------------------------------------------------------------------------------
+
+    def marginal(self, trained: tuple[str, ...]) -> Fitted:
+        """Mode, curvature, corrections where the cores are not exact, and the importance refit."""
+        space = self.study.space
+        if space.dim == 0:
+            value, _ = self.bound(np.zeros((1, 0)), False)
+            self.tell("bound", float(value[0]))
+            samples = self._improve(np.zeros((1, 0)), trained)
+            return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0, samples)
+        draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
+        cheap = 64 if self._cost() < 0.05 else 16
+        mode, converged = find_mode(self.bound, draws[:cheap], starts=2 if self._cost() < 0.2 else 1, max_evaluations=200, on_step=self.tell)
+        _, scale = whitening(draws)
+        mode, cov = polish(self.bound, mode, scale, 3 if space.dim <= 64 else 1)
+        gaussian = StudentT(mode, np.linalg.cholesky(cov))
+        points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
+        samples = self._improve(points, trained)
+        limit = max(32, int(25.0 / max(self.seconds_per_point * max(1, samples // 2), 1e-6)))
+        if space.dim > 40 or limit < 20 * space.dim:
+            return self._gaussian(gaussian, samples, converged)
+        pool = refit(
+            lambda p, g: self.bound(p, g, samples), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
+            max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
+        )
+        return self._fitted(pool.points, pool.weight, pool.gaussian, converged and pool.ess > 100, pool.khat, samples)
+
+    def _cost(self) -> float:
+        if not self.seconds_per_point:
+            self.bound(np.median(self.study.space.prior_draws(16, self.seed % 2**31), axis=0)[None], False)
+        return self.seconds_per_point
+
+    def _normals(self, name: str, count: int, dim: int) -> np.ndarray:
+        sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random(2 ** math.ceil(math.log2(count)))[:count, :dim]
+        return np.asarray(norm.ppf(sobol.clip(1e-9, 1 - 1e-9)))
+
+    def _gaussian(self, gaussian: StudentT, samples: int, converged: bool) -> Fitted:
+        """Large data or many roots: the normal approximation, checked by one round of importance weights."""
+        dim = len(gaussian.loc)
+        count = max(16, min(64, int(10.0 / max(self.seconds_per_point, 1e-6))))
+        z = gaussian.sample(self._normals("check", count, dim), np.full(count, 0.5))
+        value, _ = self.bound(z, False, samples)
+        ratio = value - gaussian.log_prob(z)
+        self.tell("check", float(ratio.mean()))
+        spread = float(ratio.std())
+        points = gaussian.sample(self._normals("pool", POOL, dim), np.full(POOL, 0.5))
+        # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
+        return self._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, converged, spread / 3.0, samples)
+
+    def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float, samples: int) -> Fitted:
+        raw = np.tril(gaussian.chol, -1) + np.diag(np.log(np.maximum(np.diagonal(gaussian.chol), 1e-300)))
+        state = {**self.state, "pool/points": points, "pool/weight": weight, "root/loc": gaussian.loc, "root/raw": raw}
+        return Fitted(state, self.trace, converged, khat, samples)
+
+    # -- learned corrections ------------------------------------------------------------------------------------------------
+
+    def _improve(self, points: np.ndarray, trained: tuple[str, ...]) -> int:
+        """Measure the local gap at root points; train the corrections if it is worth it. Returns draws per unit for the bound."""
+        study = self.study
+        if study.guide.exact and not trained or not study.guide.components:
+            return 0
+        from_tree = [c for c in study.guide.components if c.tree and (not study.guide.quadratic[c.name] or trained)]
+        if from_tree:
+            self._correct(points, max(trained and 300 or 0, 300))
+        return 16
+
+    def _correct(self, points: np.ndarray, steps: int) -> None:
+        study = self.study
+        task = self.tasks()[0]
+        with torch.no_grad():
+            reduced, _ = study.shard(task)
+            initial = study.fresh_corrections(reduced, points[:4], self.seed)
+        if not initial:
+            return
+        self.state.update(initial)
+        adam = Adam(rate=5e-3)
+        source = self._batches(40_000)
+        for step in range(steps):
+            if time.monotonic() > self.deadline:
+                break
+            at = np.asarray([stream(self.seed, "root of step", step, k) % len(points) for k in range(4)])
+            units, weight = next(source)
+            (answer,) = self.engine.round("correct", {**self.state, "points": points[at]}, [{"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}])
+            self._ascend(adam, answer, 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            self.tell("correct", float(answer["elbo"]))
+
+    def _ascend(self, adam: Adam, answer: Mapping[str, np.ndarray], rate: float) -> None:
+        adam.rate = rate
+        grads = {k.removeprefix("grad/"): v for k, v in answer.items() if k.startswith("grad/")}
+        if not all(np.isfinite(g).all() for g in grads.values()):
+            return
+        norm_all = math.sqrt(sum(float((g * g).sum()) for k, g in grads.items() if k.startswith("correction/")))
+        for name, g in grads.items():
+            rows = answer.get(f"at/{name}")
+            value = self.state[name] = np.array(self.state[name], dtype=np.float64)
+            adam.update(name, value, g / max(1.0, norm_all) if name.startswith("correction/") else g, rows)
+
+    def _batches(self, units: int) -> Any:
+        """Random selections of about `units` observed units, with their inverse inclusion probabilities."""
+        layout, study = self.study.layout, self.study
+        total = max((math.prod(layout.cardinality[p] for p in v.plates) for v in study.graph.model.of_kind("observed")), default=1)
+        tops = splittable(study.graph.model, study.guide.components)
+        if total <= units or not tops:
+            while True:
+                yield {}, {}
+        share = (units / total) ** (1 / len(tops))
+        sizes = {p: max(1, min(layout.cardinality[p], math.ceil(share * layout.cardinality[p]))) for p in tops}
+        weight = {p: layout.cardinality[p] / size for p, size in sizes.items()}
+        for chosen in batches(layout, sizes, self.seed):
+            yield chosen, weight
+
+    # -- free rows ----------------------------------------------------------------------------------------------------------
+
+    def stochastic(self, on_checkpoint: Callable[[dict[str, np.ndarray], int], None], resumed: tuple[dict[str, np.ndarray], int] | None = None) -> Fitted:
+        """Root block and free rows by Adam over random selections; stops when the ELBO has levelled, after annealing the step."""
+        study, space = self.study, self.study.space
+        draws = space.prior_draws(256, stream(self.seed, "prior") % 2**31)
+        loc, scale = whitening(draws) if space.dim else (np.zeros(0), np.zeros(0))
+        if resumed is None:
+            self.state = self._restart(draws, scale)
+        else:
+            self.state = dict(resumed[0])
+        schedule = Levelling()
+        adam = self._adam(scale)
+        source = self._batches(self.study.settings.chunk // 8)
+        tail: list[dict[str, np.ndarray]] = []
+        step = 0
+        while not schedule.done(time.monotonic() > self.deadline):
+            value = self._step(adam, source, step, schedule.rate())
+            schedule.add(value)
+            step += 1
+            if schedule.annealing > 0.5:
+                tail.append({k: self.state[k].copy() for k in ("root/loc", "root/raw")})
+            if step % 10 == 0:
+                self.tell("elbo", value)
+            if step % 200 == 0:
+                on_checkpoint({k: v for k, v in self.state.items()}, step)
+        for k in ("root/loc", "root/raw"):
+            if tail:
+                self.state[k] = np.mean([t[k] for t in tail], 0)
+        raw = self.state["root/raw"]
+        gaussian = StudentT(self.state["root/loc"], np.tril(raw, -1) + np.diag(np.exp(np.diagonal(raw))))
+        points = gaussian.sample(self._normals("pool", POOL, space.dim), np.full(POOL, 0.5)) if space.dim else np.zeros((1, 0))
+        return self._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, schedule.levelled, math.nan, 0)
+
+    def _adam(self, scale: np.ndarray) -> Adam:
+        return Adam(rate=0.05, scale={"root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * 0.3)})
+
+    def _initial(self, root: np.ndarray, scale: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        study = self.study
+        state = {"root/loc": root.copy(), "root/raw": np.diag(np.log(0.1 * scale)) if len(scale) else np.zeros((0, 0))}
+        for block in study.guide.blocks:
+            if block.free:
+                n = math.prod(study.layout.cardinality[p] for p in block.plates)
+                rows = study.prior_rows(block, root, n, seed)
+                state[f"site/{block.name}"] = rows
+        return state
+
+    def _restart(self, draws: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+        """Short runs from several prior draws on small selections; the best goes on (mixtures have poor local optima)."""
+        best, best_value = None, -math.inf
+        for attempt in range(6):
+            self.state = self._initial(draws[attempt], scale, stream(self.seed, "start", attempt) % 2**31)
+            adam, source = self._adam(scale), self._batches(self.study.settings.chunk // 64)
+            values = [self._step(adam, source, 10_000_000 + 100_000 * attempt + i, 0.1) for i in range(60)]
+            value = float(np.mean(values[-10:]))
+            self.tell("start", value)
+            if value > best_value or best is None:
+                best, best_value = {k: v.copy() for k, v in self.state.items()}, value
+        return best or self.state
+
+    def _step(self, adam: Adam, source: Any, step: int, rate: float) -> float:
+        """One synchronous step: two selections, their gradients averaged in a fixed order."""
+        study = self.study
+        tasks, places = [], []
+        for half in range(2):
+            units, weight = next(source)
+            selection = closure(study.layout, units, weight)
+            rows = {b.name: flat_positions(study.layout, selection, b) for b in study.guide.blocks if b.free}
+            sites = {f"site/{name}": self.state[f"site/{name}"][at] for name, at in rows.items()}
+            tasks.append({"units": units, "weight": weight, "seed": stream(self.seed, "step", step, half) % 2**62, "particles": 1, **sites})
+            places.append(rows)
+        shared = {k: self.state[k] for k in ("root/loc", "root/raw")}
+        answers = self.engine.round("step", shared, tasks)
+        if not all(np.isfinite(a["elbo"]) and all(np.isfinite(g).all() for k, g in a.items() if k.startswith("grad/")) for a in answers):
+            return math.nan
+        adam.rate = rate
+        for name in shared:
+            adam.update(name, self.state[name], 0.5 * (answers[0][f"grad/{name}"] + answers[1][f"grad/{name}"]))
+        for b in study.guide.blocks:
+            if b.free:
+                name = f"site/{b.name}"
+                rows = np.unique(np.concatenate([p[b.name] for p in places]))
+                total = np.zeros((len(rows), self.state[name].shape[1]))
+                for answer, place in zip(answers, places, strict=True):
+                    total[np.searchsorted(rows, place[b.name])] += 0.5 * answer[f"grad/{name}"]
+                adam.update(name, self.state[name], total, rows)
+        return float(np.mean([a["elbo"] for a in answers]))
+
+
+class Levelling:
+    """Step size and stopping: a constant rate until the ELBO has levelled, then half as long again of cosine annealing.
+
+    Levelled: over the last two windows of steps the mean rose by less than twice its standard error, twice running.
+    """
+
+    def __init__(self, window: int = 60, limit: int = 4000) -> None:
+        self.window, self.limit = window, limit
+        self.values: list[float] = []
+        self.calm = 0
+        self.anneal_from: int | None = None
+        self.levelled = False
+        self.bad = 0
+
+    def add(self, value: float) -> None:
+        """Account for one step's ELBO."""
+        self.values.append(value)
+        n, w = len(self.values), self.window
+        if self.anneal_from is None and n >= 3 * w and n % w == 0:
+            new, old = np.asarray(self.values[-w:]), np.asarray(self.values[-2 * w : -w])
+            new, old = new[np.isfinite(new)], old[np.isfinite(old)]
+            error = math.sqrt(new.var() / max(len(new), 1) + old.var() / max(len(old), 1)) if len(new) and len(old) else math.inf
+            gain = float(new.mean() - old.mean()) if len(new) and len(old) else -math.inf
+            self.calm = self.calm + 1 if gain < max(2 * error, 1e-5 * abs(float(new.mean()) if len(new) else 0.0)) else 0
+            if self.calm >= 2 or n >= self.limit:
+                self.levelled = self.calm >= 2
+                self.anneal_from = n
+
+    @property
+    def annealing(self) -> float:
+        """How far the annealing is, 0 to 1."""
+        if self.anneal_from is None:
+            return 0.0
+        return min(1.0, (len(self.values) - self.anneal_from) / max(1, self.anneal_from // 2))
+
+    def rate(self) -> float:
+        """Step size now."""
+        return 0.05 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.annealing)))
+
+    def done(self, late: bool) -> bool:
+        """Whether to stop; when time is up, at once."""
+        return late or self.annealing >= 1.0
+
+
+__all__ = ["Fitted", "Pool", "Trainer"]

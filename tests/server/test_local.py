@@ -1,0 +1,75 @@
+"""The in-process engine, and what makes two engines agree bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pavi_scale.errors import CohortError, NumericalError, WorkerError
+from pavi_scale.server.answer import aligned, torch_threads
+from pavi_scale.server.local import LocalEngine
+
+
+def test_answers_come_in_task_order(make_spec, state, tasks):
+    with LocalEngine(make_spec()) as engine:
+        assert engine.parallelism == 1
+        results = engine.round("numeric", state, tasks)
+        assert engine.round("numeric", state, []) == []
+    for task, result in zip(tasks, results, strict=True):
+        noise = np.random.default_rng(task["seed"]).standard_normal(state["w"].shape)
+        np.testing.assert_allclose(result["product"], state["w"] @ noise.T, rtol=1e-12)
+        np.testing.assert_array_equal(result["units"], 2 * task["units"])
+
+
+def test_errors(make_spec, state):
+    engine = LocalEngine(make_spec())
+    with pytest.raises(NumericalError, match="alpha"):
+        engine.round("refuse", state, [{"bad": True}])
+    with pytest.raises(WorkerError, match="ValueError: deliberate") as caught:
+        engine.round("fail", state, [{}, {"bad": True}])
+    assert "task 1" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)
+    engine.close()
+    engine.close()
+    with pytest.raises(WorkerError, match="closed"):
+        engine.round("numeric", state, [])
+    with pytest.raises(CohortError, match="cannot be read"):
+        LocalEngine(make_spec(broken=True))
+
+
+def test_answer_must_be_numeric_arrays():
+    class Odd:
+        def build(self):
+            return self
+
+        def compute(self, kind, state, task):
+            return {"bare": [1.0], "list": {"a": [1.0]}, "object": {"a": np.asarray([object()])}}[kind]
+
+    engine = LocalEngine(Odd())
+    with pytest.raises(WorkerError, match="dtype object"):
+        engine.round("object", {}, [{}])
+    with pytest.raises(WorkerError, match="named arrays"):
+        engine.round("bare", {}, [{}])
+    assert engine.round("list", {}, [{}])[0]["a"].shape == (1,)
+
+
+def test_thread_count_is_the_specs_and_comes_back(make_spec):
+    with torch_threads(2):
+        with LocalEngine(make_spec(threads=1)) as engine:
+            assert engine.round("who", {}, [{}])[0]["threads"] == 1
+        assert torch.get_num_threads() == 2
+
+
+@given(hnp.arrays(hnp.scalar_dtypes(), hnp.array_shapes(min_dims=0, min_side=0)), st.integers(0, 3))
+def test_aligned_keeps_values(array, how):
+    given_ = [array, array.T, array[..., None][..., ::-1], np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:]][how]
+    out = aligned(given_)
+    assert out.shape == given_.shape
+    assert out.dtype == given_.dtype
+    assert out.flags.c_contiguous
+    assert out.flags.writeable
+    assert out.size == 0 or out.ctypes.data % 64 == 0
+    assert out.tobytes() == given_.tobytes()
+    assert aligned(out) is out or out.size == 0
