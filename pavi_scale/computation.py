@@ -23,9 +23,8 @@ from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import Block, Component
 from pavi_scale.guide.correction import Corrections, observations
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.guide import Guide, log_ratios, unit_ratios
-from pavi_scale.guide.guide import weights as unit_weights
-from pavi_scale.guide.local import context, draw, fit_core
+from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
@@ -45,7 +44,7 @@ class Settings:
     Args:
         free: Plate sets with free encodings.
         schemes: Block name -> scheme of its learned correction.
-        structure: What `probe` found of the components.
+        structure: What `probe` found of the components, and the candidates of each draw.
         split: The plate that shards divide.
         dtype: "float64" or "float32".
         threads: torch threads of a task.
@@ -55,7 +54,7 @@ class Settings:
 
     free: tuple[tuple[str, ...], ...] = ()
     schemes: Mapping[str, str] = field(default_factory=dict)
-    structure: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    structure: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     split: str | None = None
     dtype: str = "float64"
     threads: int = 1
@@ -173,7 +172,7 @@ class StudyComputation:
                 mine = [b for b in component.blocks if b.name in made.names()]
                 if not mine:
                     continue
-                core = fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False, quadratic=self.guide.quadratic[component.name])
+                core = fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False)
                 for block in mine:
                     part = made.part(block.name)
                     part.standardise(context(core, core.expansion.gaussian, block.name))
@@ -186,6 +185,16 @@ class StudyComputation:
                 block = self.block(name)
                 out[f"residual/{name}"] = np.zeros((math.prod(self.layout.cardinality[p] for p in block.plates), 2 * block.dim))
         return out
+
+    def kept_core(self, component: Component, reduced: Reduced, root: Mapping[str, Value], points: np.ndarray, *, keep: bool) -> Core:
+        """The Gaussian core of a component at root points; kept with the reduced model where the same ones come back."""
+        key = ("core", component.name, points.tobytes())
+        if key not in reduced.absorbed:
+            core = fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False)
+            if not keep:
+                return core
+            reduced.absorbed[key] = core
+        return reduced.absorbed[key]  # type: ignore[no-any-return]
 
     def prior_rows(self, block: Block, root: np.ndarray, count: int, seed: int) -> np.ndarray:
         """Initial free rows `[count, 2 d]`: near the conditional prior mean at a root point, with unit precision."""
@@ -230,7 +239,7 @@ class StudyComputation:
     def task_bound(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """sum_n L_n(root_k) of a shard at `state["points"]` `[K, R]`, with gradients if the task asks for them."""
         reduced, shard = self.shard(task)
-        points, gradient, samples = state["points"], bool(task.get("gradient")), int(task.get("samples", 0))
+        points, gradient, samples = state["points"], bool(task.get("gradient")), self.guide.candidates if task.get("weighted") else 0
         weights = Weights(torch.zeros(0), torch.zeros(0, 0), {}, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))
         corrections = correctors(weights, reduced)
         size = self.per_chunk(reduced) // max(1, samples) or 1
@@ -261,13 +270,12 @@ class StudyComputation:
         out: dict[str, np.ndarray] = {}
         with torch.no_grad():
             for component in self.guide.components:
-                quadratic = self.guide.quadratic[component.name]
-                core = fit_core(LocalModel(component, reduced, values, weights.sites, 1), differentiable=False, quadratic=quadratic)
+                core = fit_core(LocalModel(component, reduced, values, weights.sites, 1), differentiable=False)
                 values.update(draw(core, noise, corrections).values)
-                if quadratic or not component.tree or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
+                if not component.resampled or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
                     continue
-                for name, ratio in unit_ratios(core, noise, int(task["samples"]), corrections).items():
-                    out[f"ratio/{name}"] = ratio.to(torch.float64).numpy()
+                for name, ratio in candidates(core, noise, int(task["samples"]), corrections).log_weight.items():
+                    out[f"ratio/{name}"] = ratio[0].to(torch.float64).numpy()
                     out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in self.block(name).plates})
         return out
 
@@ -284,11 +292,11 @@ class StudyComputation:
         noise = generator_noise(stream(int(task["seed"]), "correct"), self.dtype)
         total = torch.zeros(())
         for component in self.guide.components:
-            if not any(b.name in corrections.names() for b in component.blocks):
+            if not any(name in corrections.names() for name in component.resampled):
                 continue
-            core = fit_core(LocalModel(component, reduced, root, {}, len(state["points"])), differentiable=False, quadratic=self.guide.quadratic[component.name])
-            ratio = log_ratios(core, noise, 2, correctors(weights, reduced))  # type: ignore[arg-type]
-            total = total + (ratio.mean((0, 1)) * unit_weights(core)).sum()
+            core = self.kept_core(component, reduced, root, state["points"], keep=not task["units"])
+            for name, ratio in candidates(core, noise, 2, correctors(weights, reduced)).log_weight.items():
+                total = total + (ratio.mean((0, 1)) * reduced.weights(self.block(name).plates).flatten()).sum()
         names = [n for n, p in corrections.named_parameters() if p.requires_grad]
         tensors = [p for p in corrections.parameters() if p.requires_grad] + list(residuals.values())
         grads = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)

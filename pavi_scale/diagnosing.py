@@ -30,7 +30,7 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
         for block in component.blocks:
             name = f"khat_{block.name.replace('*', '_')}"
             plates[name] = block.plates
-            value = -1.0 if guide.quadratic[component.name] and not block.free else np.nan
+            value = -1.0 if component.quadratic and not block.free else np.nan
             tables[name] = np.full([layout.cardinality[p] for p in block.plates], value)
     if not guide.exact and guide.components:
         weight = state["pool/weight"]

@@ -101,12 +101,11 @@ def local_elbo(
     frozen = {b: (loc.detach(), log_precision.detach()) for b, (loc, log_precision) in weights.sites.items()}
     for component in guide.components:
         rows = differentiable and any(b.free for b in component.blocks)
-        quadratic = guide.quadratic[component.name]
         local = LocalModel(component, reduced, values, weights.sites, particles)
-        sample = draw(fit_core(local, differentiable=rows, quadratic=quadratic), noise, correctors(weights, reduced))
+        sample = draw(fit_core(local, differentiable=rows), noise, correctors(weights, reduced))
         log_q = sample.log_q
         if rows:  # stick the landing: the density keeps its dependence on the draw and on the root, not on the rows
-            log_q = log_density(fit_core(LocalModel(component, reduced, values, frozen, particles), differentiable=True, quadratic=quadratic), sample.z)
+            log_q = log_density(fit_core(LocalModel(component, reduced, values, frozen, particles), differentiable=True), sample.z)
         values.update(sample.values)
         if guide.counted(reduced, component.blocks[-1].plates, split, first):
             total = total + log_jacobian(local, sample)

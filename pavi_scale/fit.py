@@ -281,7 +281,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
     khat = fitted.khat if math.isfinite(fitted.khat) else None
     late = time.monotonic() > deadline
     trace = [[stage, value if math.isfinite(value) else None] for stage, value in fitted.trace]
-    return {"phase": "trained", "converged": bool(fitted.converged and not late), "khat_root": khat, "samples": fitted.samples, "trace": trace, "seconds": seconds}
+    return {"phase": "trained", "converged": bool(fitted.converged and not late), "khat_root": khat, "trace": trace, "seconds": seconds}
 
 
 def write_posterior(run: Run, study: Study, computation: StudyComputation, engine: Engine, state: dict[str, np.ndarray], facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

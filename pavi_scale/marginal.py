@@ -63,7 +63,7 @@ def whitening(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mid, np.maximum(0.5 * (high - low), 1e-3)
 
 
-def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, on_step: Callable[[str, float], None]) -> tuple[np.ndarray, bool]:
+def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, on_step: Callable[[str, float], None]) -> np.ndarray:
     """Mode of L by L-BFGS in prior-whitened coordinates.
 
     Args:
@@ -74,7 +74,7 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
         on_step: Told of each evaluation.
 
     Returns:
-        The mode `[R]`, and whether the search converged.
+        The mode, `[R]`.
     """
     loc, scale = whitening(draws)
     first = np.concatenate([loc[None], draws])
@@ -90,14 +90,14 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
         on_step("mode", float(v[0]))
         return -float(v[0]), -g[0] * scale
 
-    best, best_value, converged = first[int(np.argmax(value))], -math.inf, False
+    best, best_value = first[int(np.argmax(value))], -math.inf
     for i in np.argsort(-value, kind="stable")[:starts]:
         if not np.isfinite(value[i]):
             continue
         result = minimize(objective, (first[i] - loc) / scale, jac=True, method="L-BFGS-B", options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5})
         if -result.fun > best_value:
-            best, best_value, converged = loc + scale * result.x, -float(result.fun), bool(result.success)
-    return best, converged
+            best, best_value = loc + scale * result.x, -float(result.fun)
+    return best
 
 
 def curvature(bound: Bound, point: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,9 +120,10 @@ def covariance(precision: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return (vectors / values) @ vectors.T * scale[:, None] * scale
 
 
-def polish(bound: Bound, mode: np.ndarray, scale: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Newton steps with full-data curvature; returns mode and covariance."""
+def polish(bound: Bound, mode: np.ndarray, scale: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Newton steps with full-data curvature; returns mode, covariance, and whether the last step was below a tenth of an sd."""
     cov = np.diag(scale**2) * 1e-4
+    converged = False
     for _ in range(rounds):
         step = np.clip(0.5 * np.sqrt(np.diagonal(cov)), 1e-5 * scale, 0.05 * scale)
         gradient, precision = curvature(bound, mode, step)
@@ -132,9 +133,10 @@ def polish(bound: Bound, mode: np.ndarray, scale: np.ndarray, rounds: int) -> tu
         move = cov @ gradient
         sd = np.sqrt(np.diagonal(cov))
         mode = mode + move * min(1.0, 3.0 / max(float(np.abs(move / sd).max()), 1e-12))
-        if np.abs(move / sd).max() < 0.05:
+        converged = bool(np.abs(move / sd).max() < 0.1)
+        if converged:
             break
-    return mode, cov
+    return mode, cov, converged
 
 
 def refit(

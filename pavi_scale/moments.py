@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pavi_scale.elbo import Weights, correctors
+from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Dense
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.local import Core, Noise, draw, fit_core
+from pavi_scale.guide.local import Candidates, Core, Noise, candidates, fit_core
 from pavi_scale.reduced import Reduced, Value
 
 
@@ -33,7 +34,8 @@ def conditional_moments(core: Core, z: Mapping[str, Tensor], name: str) -> tuple
 class Moments:
     """Posterior means and standard deviations of a shard's latents, over a fixed set of root points.
 
-    Latents with the identity link and no correction are Rao-Blackwellised: the conditional moments are averaged, not the draws.
+    Gaussian conditionals of latents with the identity link are Rao-Blackwellised: their moments are averaged, not draws. Resampled
+    blocks average their candidates by importance weight.
 
     Args:
         guide: The guide.
@@ -54,36 +56,43 @@ class Moments:
     def add(self, root: Mapping[str, Value], particles: int) -> None:
         """Account for K root points."""
         values: dict[str, Value] = dict(root)
-        links = self.guide.graph.links
         self.count += particles
         for component in self.guide.components:
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
-            core = fit_core(local, differentiable=False, quadratic=self.guide.quadratic[component.name])
-            closed = {b.name for b in component.blocks if b.name not in self.corrections and all(links[n].identity for n in b.latents)}
-            times = 1 if len(closed) == len(component.blocks) else self.repeats
-            many = core if times == 1 else core.repeat(times)
-            sample = draw(many, self.noise, self.corrections)
+            core = fit_core(local, differentiable=False)
+            closed = {b.name for b in component.blocks if b.name not in component.resampled and all(self.guide.graph.links[n].identity for n in b.latents)}
+            times = component.candidates if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
+            found = candidates(core, self.noise, times, self.corrections)
             mine = {n for b in component.blocks for n in b.latents}
-            values.update({n: Value(v.theta[::times], v.plates) for n, v in sample.values.items() if n in mine})
+            values.update({n: Value(v.theta[::times], v.plates) for n, v in found.sample.values.items() if n in mine})
+            first = {b: z[::times] for b, z in found.sample.z.items()}
             for block in component.blocks:
                 if block.name in closed:
-                    loc, variance = conditional_moments(many, sample.z, block.name)
-                for latent in block.latents:
-                    if block.name in closed:
-                        mean = local.split(block, latent, loc)
-                        self._accumulate(latent, particles, mean, local.split(block, latent, variance))
-                    else:
-                        theta = sample.values[latent].theta
-                        self._accumulate(latent, particles, theta.reshape(theta.shape[0], -1, *links[latent].event_shape), None)
+                    loc, variance = conditional_moments(core, first, block.name)
+                    for latent in block.latents:
+                        self._accumulate(latent, particles, local.split(block, latent, loc), local.split(block, latent, variance))
+                else:
+                    self._accumulate_draws(block, particles, times, found)
 
-    def _accumulate(self, latent: str, weight: int, mean: Tensor, variance: Tensor | None) -> None:
+    def _accumulate_draws(self, block: Block, particles: int, times: int, found: Candidates) -> None:
+        """Account for weighted candidates: mean and variance over each root point's own."""
+        log_weight = found.log_weight.get(block.name)
+        for latent in block.latents:
+            event = self.guide.graph.links[latent].event_shape
+            theta = found.sample.values[latent].theta.reshape(particles, times, -1, *event)
+            weight = theta.new_full(theta.shape[:3], 1.0 / times) if log_weight is None else torch.softmax(log_weight, 1)
+            weight = weight.reshape(*weight.shape, *([1] * len(event)))
+            mean = (weight * theta).sum(1)
+            self._accumulate(latent, particles, mean, (weight * (theta - mean[:, None]) ** 2).sum(1))
+
+    def _accumulate(self, latent: str, weight: int, mean: Tensor, variance: Tensor) -> None:
         mean = mean.to(torch.float64)
         if latent not in self.shift:
             self.shift[latent] = mean.mean(0)  # sums are taken about it: no cancellation
             self.first[latent] = torch.zeros_like(self.shift[latent])
             self.second[latent] = torch.zeros_like(self.shift[latent])
         centred = mean - self.shift[latent]
-        square = (centred * centred).mean(0) + (0.0 if variance is None else variance.to(torch.float64).mean(0))
+        square = (centred * centred).mean(0) + variance.to(torch.float64).mean(0)
         self.first[latent] += weight * centred.mean(0)
         self.second[latent] += weight * square
 

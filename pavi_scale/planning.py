@@ -110,7 +110,7 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
     method = {}
     for component in guide.components:
         kind = "Gaussian elimination" if component.tree else "one dense Gaussian"
-        exact = "exact" if guide.quadratic[component.name] else "mode and curvature"
+        exact = "exact" if component.quadratic else "mode and curvature"
         free = [b.name for b in component.blocks if b.free]
         method[component.name] = f"{kind}, {exact}" + (f", free rows for {', '.join(free)}" if free else "")
     return Plan(latents, data_bytes, int(cache), chunk, chunk * per_unit, tables, index, disk, processes, budget, method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class Reduced:
             self.data[v.name] = x
         self._aligned: dict[tuple[str, tuple[str, ...]], Aligned] = {}
         self._index: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor | None] = {}
+        self.absorbed: dict[object, Any] = {}  # laws summed up once for all (see guide.curvature)
         self._weights: dict[tuple[str, ...], Tensor] = {}
 
     def sizes(self, plates: tuple[str, ...]) -> tuple[int, ...]:

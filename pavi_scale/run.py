@@ -133,7 +133,7 @@ class Run:
         # The pointer goes first: a crash in between leaves a directory without a run, never a run without its files.
         (self.path / "run.json").unlink()
         sync_directory(self.path)
-        for name in ("generations", "posterior.zarr", "posterior.zarr.partial"):
+        for name in ("generations", "posterior.zarr", "posterior.zarr.partial", "cohort.zarr"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("study.json", "events.jsonl"):
             (self.path / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from pavi_scale.computation import Arrays, StudyComputation, flat_positions, pre
 from pavi_scale.elbo import correctors, log_root
 from pavi_scale.guide.blocks import Block, Component, lies_below
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.local import draw, fit_core
+from pavi_scale.guide.local import candidates, draw, fit_core, resample
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
 
@@ -83,14 +83,17 @@ class GuideSampler:
             reduced = study.reduced(selection, inputs(study, components))
             weights = study.weights(self.state, reduced)
             corrections = correctors(weights, reduced)
-            size = study.per_chunk(reduced)
+            size = max(1, study.per_chunk(reduced) // max(1, study.guide.candidates))
             for start in range(0, len(draws), size):
                 part = draws[start : start + size]
                 values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
                 noise = self._noise(selection, part)
                 for component in components:
-                    core = fit_core(LocalModel(component, reduced, values, weights.sites, len(part)), differentiable=False, quadratic=study.guide.quadratic[component.name])
-                    values.update(draw(core, noise, corrections).values)  # type: ignore[arg-type]
+                    core = fit_core(LocalModel(component, reduced, values, weights.sites, len(part)), differentiable=False)
+                    if component.resampled:
+                        values.update(resample(core, candidates(core, noise, component.candidates, corrections), self._uniforms(selection, component, part)))
+                    else:
+                        values.update(draw(core, noise, corrections).values)
                 for n in names:
                     out[n].append(self._pick(values[n], model.variables[n].plates, selection, asked))
         return {n: np.concatenate(parts) for n, parts in out.items()}
@@ -114,10 +117,20 @@ class GuideSampler:
         def noise(block: Block, shape: tuple[int, ...]) -> Tensor:
             units = flat_positions(study.layout, selection, block)
             key = rng.stream(self.base, "draw", self.seed, block.name)
-            grid = rng.normal(key, draws[:, None, None], units[None, :, None], np.arange(shape[2] * shape[3])[None, None, :])
+            many = np.arange(shape[0] // len(draws))  # candidates of each draw
+            grid = rng.normal(key, draws[:, None, None, None], many[None, :, None, None], units[None, None, :, None], np.arange(shape[2] * shape[3]))
             return torch.from_numpy(grid.reshape(shape)).to(study.dtype)
 
         return noise
+
+    def _uniforms(self, selection: Selection, component: Component, draws: np.ndarray) -> dict[str, Tensor]:
+        study = self.computation
+        out = {}
+        for block in component.blocks:
+            units = flat_positions(study.layout, selection, block)
+            key = rng.stream(self.base, "pick", self.seed, block.name)
+            out[block.name] = torch.from_numpy(rng.uniform(key, draws[:, None], units[None, :])).to(study.dtype)
+        return out
 
     def _pick(self, value: Value, plates: tuple[str, ...], selection: Selection, asked: Mapping[str, np.ndarray]) -> np.ndarray:
         order = [0, *(1 + value.plates.index(p) for p in plates), *range(1 + len(plates), value.theta.ndim)]

@@ -13,7 +13,7 @@ from pavi_scale.batching import closure, split_plate, splittable
 from pavi_scale.cohort import Cohort
 from pavi_scale.computation import Settings, StudySpec, make_graph, precision
 from pavi_scale.errors import CohortError, InputError, PlanRefused
-from pavi_scale.guide.blocks import DENSE_LIMIT, Block, choose_free, coordinates, make_blocks
+from pavi_scale.guide.blocks import DENSE_LIMIT, Block, choose_free, coordinates, make_blocks, make_components
 from pavi_scale.guide.guide import Guide, probe
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.memory import format_bytes, parse_bytes
@@ -21,6 +21,8 @@ from pavi_scale.model.density import Graph
 from pavi_scale.planning import Plan, make_plan
 from pavi_scale.reduced import Reduced, Value, read
 
+CANDIDATES = 16  # draws of a unit among which one is picked by importance weight
+RESAMPLE_LIMIT = 2_000_000
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
 Encoding = str | Mapping[object, str]
 
@@ -97,6 +99,10 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
         if block.free and schemes[block.name] in ("encoder", "hybrid"):
             raise InputError("this block cannot have the scheme: its pool of data is not local", where=f"encoding of {block.name!r}", expected="'auto' or 'free'", got=schemes[block.name])
     structure = look(graph, cohort, free, seed)
+    for component in make_components(graph, make_blocks(graph, free)):
+        # Candidates cost as many evaluations of the laws; past a few million coordinates only the Gaussian core is used.
+        worth = component.tree and not structure[component.name]["quadratic"] and coordinates(component, cardinality) <= RESAMPLE_LIMIT and not free
+        structure[component.name]["candidates"] = CANDIDATES if worth else 0
     guide = Guide(graph, free, structure)
     path = "float32" if free else "float64"
     split = split_plate(graph.model, cohort.layout, guide.components)
@@ -143,7 +149,7 @@ def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Red
     return Reduced(graph, selection, read(graph, selection, names, cohort))
 
 
-def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, bool]]:
+def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, int]]:
     """Structure of the components, probed on a few units at values drawn from the prior."""
     guide = Guide(graph, free)
     if not guide.components:

@@ -28,6 +28,7 @@ from pavi_scale.server.protocol import Engine
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
+WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
 
 
 @dataclass
@@ -39,14 +40,12 @@ class Fitted:
         trace: (stage, bound) per round.
         converged: Whether every search met its criterion.
         khat: Pareto k-hat of the root's importance weights.
-        samples: Local draws per unit in the importance-weighted bound.
     """
 
     state: dict[str, np.ndarray]
     trace: list[tuple[str, float]]
     converged: bool
     khat: float
-    samples: int = 0
 
 
 @dataclass
@@ -77,11 +76,11 @@ class Trainer:
         length = min(length, max(1, math.ceil(n / self.engine.parallelism)))
         return [{"shard": (s.plate, s.start, s.stop, s.first), "seed": self.seed, **extra} for s in shards(self.study.layout, self.study.settings.split, length)]
 
-    def bound(self, points: np.ndarray, gradient: bool, samples: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-        """L at root points `[K, R]`, over all shards."""
+    def bound(self, points: np.ndarray, gradient: bool, weighted: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """L at root points `[K, R]`, over all shards; `weighted` for the importance-weighted value where cores are not exact."""
         began = time.monotonic()
         state = {**self.state, "points": np.ascontiguousarray(points)}
-        answers = self.engine.round("bound", state, self.tasks(gradient=gradient, samples=samples))
+        answers = self.engine.round("bound", state, self.tasks(gradient=gradient, weighted=weighted))
         z = torch.tensor(points, dtype=torch.float64, requires_grad=gradient)
         prior = self.study.space.log_prior(z)
         value = prior.detach().numpy() + sum(a["bound"] for a in answers)
@@ -104,24 +103,25 @@ class Trainer:
         if space.dim == 0:
             value, _ = self.bound(np.zeros((1, 0)), False)
             self.tell("bound", float(value[0]))
-            samples = self._improve(np.zeros((1, 0)), trained)
-            return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0, samples)
+            self._improve(np.zeros((1, 0)), trained)
+            return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0)
         draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
         cheap = 64 if self._cost() < 0.05 else 16
-        mode, converged = find_mode(self.bound, draws[:cheap], starts=2 if self._cost() < 0.2 else 1, max_evaluations=200, on_step=self.tell)
+        mode = find_mode(self.bound, draws[:cheap], starts=2 if self._cost() < 0.2 else 1, max_evaluations=200, on_step=self.tell)
         _, scale = whitening(draws)
-        mode, cov = polish(self.bound, mode, scale, 3 if space.dim <= 64 else 1)
+        mode, cov, converged = polish(self.bound, mode, scale, 4)
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
-        samples = self._improve(points, trained)
-        limit = max(32, int(25.0 / max(self.seconds_per_point * max(1, samples // 2), 1e-6)))
+        self._improve(points, trained)
+        self.bound(points[:8], False, weighted=True)  # what one point costs
+        limit = max(32, int(25.0 / max(self.seconds_per_point, 1e-6)))
         if space.dim > 40 or limit < 20 * space.dim:
-            return self._gaussian(gaussian, samples, converged)
+            return self._gaussian(gaussian, converged)
         pool = refit(
-            lambda p, g: self.bound(p, g, samples), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
+            lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
             max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
         )
-        return self._fitted(pool.points, pool.weight, pool.gaussian, converged and pool.ess > 100, pool.khat, samples)
+        return self._fitted(pool.points, pool.weight, pool.gaussian, converged and pool.ess > 100, pool.khat)
 
     def _cost(self) -> float:
         if not self.seconds_per_point:
@@ -132,35 +132,44 @@ class Trainer:
         sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random(2 ** math.ceil(math.log2(count)))[:count, :dim]
         return np.asarray(norm.ppf(sobol.clip(1e-9, 1 - 1e-9)))
 
-    def _gaussian(self, gaussian: StudentT, samples: int, converged: bool) -> Fitted:
+    def _gaussian(self, gaussian: StudentT, converged: bool) -> Fitted:
         """Large data or many roots: the normal approximation, checked by one round of importance weights."""
         dim = len(gaussian.loc)
         count = max(16, min(64, int(10.0 / max(self.seconds_per_point, 1e-6))))
         z = gaussian.sample(self._normals("check", count, dim), np.full(count, 0.5))
-        value, _ = self.bound(z, False, samples)
+        value, _ = self.bound(z, False, weighted=True)
         ratio = value - gaussian.log_prob(z)
         self.tell("check", float(ratio.mean()))
         spread = float(ratio.std())
         points = gaussian.sample(self._normals("pool", POOL, dim), np.full(POOL, 0.5))
         # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
-        return self._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, converged, spread / 3.0, samples)
+        return self._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, converged, spread / 3.0)
 
-    def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float, samples: int) -> Fitted:
+    def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float) -> Fitted:
         raw = np.tril(gaussian.chol, -1) + np.diag(np.log(np.maximum(np.diagonal(gaussian.chol), 1e-300)))
         state = {**self.state, "pool/points": points, "pool/weight": weight, "root/loc": gaussian.loc, "root/raw": raw}
-        return Fitted(state, self.trace, converged, khat, samples)
+        return Fitted(state, self.trace, converged, khat)
 
     # -- learned corrections ------------------------------------------------------------------------------------------------
 
-    def _improve(self, points: np.ndarray, trained: tuple[str, ...]) -> int:
-        """Measure the local gap at root points; train the corrections if it is worth it. Returns draws per unit for the bound."""
-        study = self.study
-        if study.guide.exact and not trained or not study.guide.components:
-            return 0
-        from_tree = [c for c in study.guide.components if c.tree and (not study.guide.quadratic[c.name] or trained)]
-        if from_tree:
-            self._correct(points, max(trained and 300 or 0, 300))
-        return 16
+    def _improve(self, points: np.ndarray, trained: tuple[str, ...]) -> None:
+        """Train the corrections of resampled blocks where asked for, or where too few candidates would carry the weight."""
+        if not self.study.guide.candidates:
+            return
+        share = self._efficiency(points[:1])
+        self.tell("efficiency", share)
+        if trained or share < WORTH_TRAINING:
+            self._correct(points, 300)
+
+    def _efficiency(self, point: np.ndarray) -> float:
+        """Relative effective sample size of the candidates' weights, the lowest tenth of the first shard's units."""
+        (answer,) = self.engine.round("ratios", {**self.state, "points": point}, [{**self.tasks()[0], "samples": 64, "seed": self.seed}])
+        shares = [np.ones(1)]
+        for key, ratio in answer.items():
+            if key.startswith("ratio/"):
+                w = np.exp(ratio - ratio.max(0))
+                shares.append(w.sum(0) ** 2 / (w**2).sum(0) / len(w))
+        return float(np.nan_to_num(np.quantile(np.concatenate(shares[1:] or shares), 0.1)))
 
     def _correct(self, points: np.ndarray, steps: int) -> None:
         study = self.study
@@ -176,9 +185,9 @@ class Trainer:
         for step in range(steps):
             if time.monotonic() > self.deadline:
                 break
-            at = np.asarray([stream(self.seed, "root of step", step, k) % len(points) for k in range(4)])
+            at = np.arange(4) + 4 * (step % 4)  # sixteen root points take turns, so that their cores can be kept
             units, weight = next(source)
-            (answer,) = self.engine.round("correct", {**self.state, "points": points[at]}, [{"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}])
+            (answer,) = self.engine.round("correct", {**self.state, "points": points[at % len(points)]}, [{"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}])
             self._ascend(adam, answer, 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             self.tell("correct", float(answer["elbo"]))
 
@@ -239,7 +248,7 @@ class Trainer:
         raw = self.state["root/raw"]
         gaussian = StudentT(self.state["root/loc"], np.tril(raw, -1) + np.diag(np.exp(np.diagonal(raw))))
         points = gaussian.sample(self._normals("pool", POOL, space.dim), np.full(POOL, 0.5)) if space.dim else np.zeros((1, 0))
-        return self._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, schedule.levelled, math.nan, 0)
+        return self._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, schedule.levelled, math.nan)
 
     def _adam(self, scale: np.ndarray) -> Adam:
         return Adam(rate=0.05, scale={"root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * 0.3)})

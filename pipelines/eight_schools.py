@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import xarray as xr
 from torch.distributions import HalfCauchy, Normal
 
@@ -22,7 +23,7 @@ def make_cohort() -> xr.Dataset:
     """The eight rows of Rubin's table: effect and standard error, in points of the SAT-V test."""
     y = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
     sigma = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
-    return xr.Dataset({"y": ("school", y), "sigma": ("school", sigma)}, coords={"school": list("ABCDEFGH")})
+    return xr.Dataset({"y": ("school", y), "sigma": ("school", sigma)}, coords={"school": np.array(list("ABCDEFGH"), dtype=object)})
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ class Cohort:
         event_sizes: Size of each event dimension.
         dataset: Lazy Dataset of the observed variables, covariates, index variables and coordinates, axes in the model's order.
         source: Path or URL, or None for a Dataset in memory.
+
+    A store that leaves out chunks of fill values on purpose says so by the attribute `_empty_chunks_ok: true` of an array or its root group.
     """
 
     def __init__(self, model: Model, opened: Source, storage_options: Mapping[str, Any] | None = None, known: Mapping[str, int] | None = None) -> None:
@@ -38,6 +40,7 @@ class Cohort:
         self._axes: dict[str, tuple[str, ...]] = {v.name: v.plates + v.dims for v in schema.inputs(model)}
         self._axes |= {name: (child,) for (child, _), name in self._index_names.items()}
         self._empty_ok = bool(opened.dataset.attrs.get(EMPTY_OK))
+        self._single = {p for p in model.plates if opened.dataset.sizes.get(p) == 1}
         self._readers: dict[str, Reader] = {name: opened.reader(name, axes) for name, axes in self._axes.items()}
         self.layout: Layout = schema.build_layout(opened.dataset, model, self._index_names, self._index_values, known or {})
         self.event_sizes: dict[str, int] = schema.event_sizes(opened.dataset, model, known or {})
@@ -47,17 +50,12 @@ class Cohort:
     def _index_values(self, name: str, child: str) -> np.ndarray:
         # A lost chunk of positions would read as zeros and put its units into the first group, silently.
         where = f"index variable {name!r} of plate {child!r}"
-        parent = next(p for (c, p), n in self._index_names.items() if n == name and c == child)
-        single = isinstance(reader := self._readers[name], MemoryReader) or parent in self.model.plates and self._parent_is_single(parent)
-        if not (single or self._empty_ok):
-            scan.check_chunks(reader, (child,), where)
+        parents = [p for (c, p), n in self._index_names.items() if n == name and c == child]
+        # With a single parent all positions are zero, and a chunk of zeros that the writer left out loses nothing.
+        if not (self._empty_ok or self._single.issuperset(parents)):
+            scan.check_chunks(self._readers[name], (child,), where)
         with reading(where):
-            return reader.read([slice(None)])
-
-    def _parent_is_single(self, parent: str) -> bool:
-        """Whether all positions must be zero, so that an elided chunk of zeros loses nothing."""
-        lengths = [r.shape[self._axes[n].index(parent)] for n, r in self._readers.items() if parent in self._axes[n]]
-        return bool(lengths) and lengths[0] == 1
+            return self._readers[name].read([slice(None)])
 
     @property
     def nbytes(self) -> int:

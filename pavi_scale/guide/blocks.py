@@ -63,6 +63,8 @@ class Component:
         couplings: Block name -> coarser blocks it is coupled to when it is eliminated (fill-in counted).
         tree: Whether elimination from fine to coarse stays local; else the component is one dense Gaussian.
         elementwise: Whether coordinates of different event index are independent: C = event size, e = latents per block.
+        candidates: Draws per unit of its finest blocks among which one is picked by importance weight; 0 for none.
+        quadratic: Whether its log joint is quadratic in its coordinates (linear-Gaussian laws): its Gaussian is then exact.
     """
 
     blocks: tuple[Block, ...]
@@ -70,11 +72,26 @@ class Component:
     couplings: Mapping[str, tuple[str, ...]]
     tree: bool
     elementwise: bool = False
+    quadratic: bool = False
+    candidates: int = 0
 
     @property
     def name(self) -> str:
         """The blocks' names, joined."""
         return "+".join(b.name for b in self.blocks)
+
+    @property
+    def resampled(self) -> tuple[str, ...]:
+        """Blocks whose draws are importance-resampled: the finest ones of a tree that is not Gaussian."""
+        if self.quadratic or not self.tree or not self.candidates:
+            return ()
+        above = {name for names in self.couplings.values() for name in names}
+        return tuple(b.name for b in self.blocks if b.name not in above)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its marginal is estimated by importance weights: a single block that is not Gaussian."""
+        return len(self.blocks) == 1 and bool(self.resampled)
 
     def shape(self, block: Block) -> tuple[int, int]:
         """(C, e): independent copies of a unit's coordinates, and coordinates in each."""

@@ -81,7 +81,7 @@ class Corrections(nn.Module):
     """The corrections of a guide's blocks, with the schemes of their encodings.
 
     Args:
-        components: Components of the guide (dense ones stay Gaussian).
+        components: Components of the guide; only their resampled blocks have a correction.
         schemes: Block name -> "likelihood", "encoder" or "hybrid"; blocks not named have no correction.
         reduced: A reduced model, for the sizes of the data.
     """
@@ -89,7 +89,7 @@ class Corrections(nn.Module):
     def __init__(self, components: list[Component], schemes: Mapping[str, str], reduced: Reduced) -> None:
         super().__init__()
         self.schemes = dict(schemes)
-        blocks = {b.name: (c, b) for c in components for b in c.blocks if b.name in schemes and c.tree}
+        blocks = {b.name: (c, b) for c in components for b in c.blocks if b.name in schemes and b.name in c.resampled}
         self.parts = nn.ModuleDict()
         for name, (component, block) in blocks.items():
             wide = schemes[name] in ("encoder", "hybrid")

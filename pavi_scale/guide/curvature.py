@@ -37,6 +37,29 @@ class Expansion:
     gaussian: Tree | Dense
 
 
+@dataclass(frozen=True)
+class Absorbed:
+    """A law summed over the units of its block: value + gradient.z - z.H z / 2.
+
+    Args:
+        block: The block.
+        value: `[1, n]`.
+        gradient: `[1, n, C, e]`.
+        precision: H, `[1, n, C, e, e]`.
+    """
+
+    block: str
+    value: Tensor
+    gradient: Tensor
+    precision: Tensor
+
+    def at(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        """Value `[K, n]`, gradient and minus second derivatives at `z` `[K, n, C, e]`."""
+        pull = (self.precision @ z[..., None])[..., 0]
+        value = self.value + ((self.gradient - 0.5 * pull) * z).sum((-1, -2))
+        return value, {self.block: self.gradient - pull}, {(self.block, self.block): self.precision}
+
+
 class LocalModel:
     """A component on a reduced model, given root variables and earlier components.
 
@@ -159,8 +182,13 @@ class LocalModel:
         terms: list[tuple[Pair, Tensor | None, Tensor | None, Tensor]] = []
         value: Tensor | None = None
         for factor in self.component.factors:
-            term, grads, hess = self._factor(factor, z, differentiable)
             plates = self.reduced.graph.model.variables[factor.variable].plates
+            known = self._absorbed(factor)
+            if known is not None:
+                plates = self.blocks[factor.touches[0][0]].plates
+                term, grads, hess = known.at(z[factor.touches[0][0]])
+            else:
+                term, grads, hess = self._factor(factor, z, differentiable)
             topped = self.to_top(term, plates)
             value = topped if value is None else value + topped
             at = {b: self.reduced.unit_index(plates, self.blocks[b].plates) for b, _ in factor.touches}
@@ -189,6 +217,31 @@ class LocalModel:
         else:
             gaussian = factorise_dense(self.component, terms, gradient)
         return Expansion(value if value is not None else torch.zeros(k, 1), gradient, gaussian)
+
+    def _absorbed(self, factor: Factor) -> Absorbed | None:
+        """The law as one quadratic per unit, where neither root nor other components enter it; kept with the reduced model.
+
+        A linear-Gaussian likelihood with known scale is then read once, however many root points are looked at.
+        """
+        if not self.component.quadratic or len(factor.touches) != 1:
+            return None
+        name, touched = factor.touches[0]
+        model = self.reduced.graph.model
+        v = model.variables[factor.variable]
+        if any(model.variables[p].kind == "latent" and p not in touched for p in v.parents):
+            return None
+        block, key = self.blocks[name], (self.component.name, factor.variable)
+        if key not in self.reduced.absorbed:
+            c, e = self.component.shape(block)
+            zero = {name: torch.zeros(1, self.units(block), c, e, dtype=self.reduced.dtype)}
+            alone = LocalModel(self.component, self.reduced, {}, {}, 1)
+            value, grads, hess = alone._factor(factor, zero, False)
+            index = self.reduced.unit_index(v.plates, block.plates)
+            self.reduced.absorbed[key] = Absorbed(
+                name, _scatter(zero[name][..., 0, 0], index, value), _scatter(zero[name], index, grads[name]),
+                _scatter(zero[name][..., None].expand(-1, -1, -1, -1, e), index, hess[name, name]),
+            )
+        return self.reduced.absorbed[key]
 
     def _copies(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """One law's log-densities at its own units, `[K, n_f]`, and the copies of the blocks' coordinates they were computed from."""

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pavi_scale.guide.blocks import Block, Component, lies_below, make_blocks, make_components
+from pavi_scale.guide.blocks import Component, lies_below, make_blocks, make_components
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
-from pavi_scale.guide.local import Core, Correction, Noise, draw, fit_core
+from pavi_scale.guide.local import Core, Correction, Noise, candidates, fit_core
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Reduced, Value
 
@@ -23,29 +23,28 @@ class Guide:
     Args:
         graph: Model with its links.
         free: Plate sets whose blocks have free encodings.
-        structure: Component name -> {"elementwise": bool, "quadratic": bool}, as found by `probe`.
+        structure: Component name -> {"elementwise": ..., "quadratic": ..., "candidates": ...}: found by `probe`, decided by the plan.
     """
 
-    def __init__(self, graph: Graph, free: frozenset[frozenset[str]] = frozenset(), structure: Mapping[str, Mapping[str, bool]] | None = None) -> None:
+    def __init__(self, graph: Graph, free: frozenset[frozenset[str]] = frozenset(), structure: Mapping[str, Mapping[str, int]] | None = None) -> None:
         self.graph, self.free = graph, free
         structure = structure or {}
         self.blocks = make_blocks(graph, free)
         self.components: list[Component] = [
-            replace(c, elementwise=structure.get(c.name, {}).get("elementwise", False)) for c in make_components(graph, self.blocks)
+            replace(c, **structure.get(c.name, {})) for c in make_components(graph, self.blocks)  # type: ignore[arg-type]
         ]
-        self.quadratic = {c.name: structure.get(c.name, {}).get("quadratic", False) for c in self.components}
         touched = {f.variable for c in self.components for f in c.factors}
         self.plain = [v for v in graph.model.of_kind("observed") if v.name not in touched]
 
     @property
-    def structure(self) -> dict[str, dict[str, bool]]:
-        """What `probe` found, as plain data."""
-        return {c.name: {"elementwise": c.elementwise, "quadratic": self.quadratic[c.name]} for c in self.components}
+    def candidates(self) -> int:
+        """Most candidates per draw of any component."""
+        return max((c.candidates for c in self.components if c.resampled), default=0)
 
     @property
     def exact(self) -> bool:
         """Whether every local conditional is Gaussian, so that local bounds are exact."""
-        return all(self.quadratic.values())
+        return all(c.quadratic for c in self.components)
 
     def counted(self, reduced: Reduced, plates: tuple[str, ...], split: str | None, first: bool) -> bool:
         """Whether a shard answers for terms on `plates`: those below the split plate always, others in the first shard."""
@@ -57,8 +56,8 @@ class Guide:
     ) -> Tensor:
         """sum_n L_n(root) over the shard, `[K]`.
 
-        Quadratic components give their exact log marginal. Others give the Laplace value (`samples` = 0), or the importance-weighted bound
-        log 1/M sum_m p/q per unit of the top block (Burda et al. 2016) with `samples` = M.
+        Quadratic components give their exact log marginal. Others give the Laplace value; those of a single block the importance-weighted bound
+        log 1/M sum_m p/q per unit (Burda et al. 2016) if `samples` = M is not zero.
         """
         total = torch.zeros(particles, dtype=reduced.dtype)
         for v in self.plain:
@@ -69,11 +68,11 @@ class Guide:
             if not self.counted(reduced, component.blocks[-1].plates, split, first):
                 continue
             local = LocalModel(component, reduced, root, {}, particles)
-            core = fit_core(local, differentiable=differentiable, quadratic=self.quadratic[component.name])
-            if self.quadratic[component.name] or not samples or noise is None:
+            core = fit_core(local, differentiable=differentiable)
+            if not component.weighted or not samples or noise is None:
                 total = total + core.log_marginal(weights(core))
             else:
-                ratios = log_ratios(core, noise, samples, corrections)
+                (ratios,) = candidates(core, noise, samples, corrections).log_weight.values()
                 units = torch.logsumexp(ratios, 1) - math.log(samples)
                 total = total + (units * weights(core)).sum(1)
         return total
@@ -87,50 +86,7 @@ def weights(core: Core) -> Tensor:
     return local.reduced.weights(local.top.plates).flatten()
 
 
-def log_ratios(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Tensor:
-    """log p(z, data) - log q(z) of M draws, per unit of the top block: `[K, M, n_top]`."""
-    k = core.local.particles
-    many = core.repeat(samples)
-    sample = draw(many, noise, corrections)
-    ratio = many.local.log_terms(sample.z)
-    for b, log_q in sample.log_q.items():
-        ratio = ratio - many.local.to_top(log_q, many.local.blocks[b].plates)
-    return ratio.reshape(k, samples, -1)
-
-
-def unit_ratios(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> dict[str, Tensor]:
-    """log p - log q of M draws per unit of each finest block, given its parents: block -> `[M, n]`.
-
-    Coarser blocks are drawn once and held, so that a Gaussian conditional gives constant ratios. One root point (K = 1).
-    """
-    component = core.local.component
-    held = {above for name in component.couplings for above in component.couplings[name]}
-
-    def once(block: Block, shape: tuple[int, ...]) -> Tensor:
-        if block.name in held:
-            return noise(block, (1, *shape[1:])).expand(shape)
-        return noise(block, shape)
-
-    many = core.repeat(samples)
-    local, reduced = many.local, many.local.reduced
-    sample = draw(many, once, corrections)
-    out = {b: -log_q for b, log_q in sample.log_q.items() if b not in held}
-    for factor in component.factors:
-        finest = factor.touches[-1][0]
-        if finest in out:
-            v = reduced.graph.model.variables[factor.variable]
-            term = reduced.log_prob(v.name, sample.values).flatten(1)
-            index = reduced.unit_index(v.plates, local.blocks[finest].plates)
-            out[finest] = out[finest] + term if index is None else out[finest].index_add(1, index, term)
-    for b in out:
-        for latent in local.blocks[b].latents:
-            link = reduced.graph.links[latent]
-            base = local.split(local.blocks[b], latent, sample.z[b])
-            out[b] = out[b] + link.log_det(base, sample.values[latent].theta.reshape(*base.shape[:2], *link.event_shape))
-    return out
-
-
-def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, bool]]:
+def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, int]]:
     """Find, numerically on a small selection, which components are element-wise over events, and which are quadratic.
 
     Element-wise: with random signs s, H (s 1) = s (H 1) for every law. Quadratic: the curvature does not move with the point.
@@ -141,7 +97,7 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
         reduced: A small reduced model.
         draws: Values of all latents at a few points (root and local).
     """
-    found: dict[str, dict[str, bool]] = {}
+    found: dict[str, dict[str, int]] = {}
     guide = Guide(graph, free)
     for component in guide.components:
         size = {s for b in component.blocks for s in b.sizes}

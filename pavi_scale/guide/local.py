@@ -57,13 +57,13 @@ class Core:
         return Core(local, {b: many(t) for b, t in self.mode.items()}, replace(self.expansion, gaussian=wide))
 
 
-def fit_core(local: LocalModel, *, differentiable: bool, quadratic: bool) -> Core:
+def fit_core(local: LocalModel, *, differentiable: bool) -> Core:
     """Mode and curvature of a component.
 
     With `differentiable`, one Newton step from the (detached) mode carries its derivative with respect to what was given
     (implicit function theorem), so that neither the search nor its length enters the gradient.
     """
-    if quadratic:
+    if local.component.quadratic:
         start = local.start()
         expansion = local.expand(start, differentiable=differentiable)
         mode = {b: z + expansion.gaussian.step[b] for b, z in start.items()}
@@ -114,6 +114,9 @@ def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None 
             b = block.name
             u = noise(block, shapes[b])
             log_q[b] = _standard(u)
+            if b in local.component.resampled:
+                u, log_jacobian = widen(u)
+                log_q[b] = log_q[b] - log_jacobian
             if b in corrections:
                 u, log_jacobian = corrections[b](u, context(core, gaussian, b))
                 log_q[b] = log_q[b] - log_jacobian
@@ -121,6 +124,80 @@ def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None 
             z[b] = loc + back(gaussian.factor[b], u)
             log_q[b] = log_q[b] + log_det(gaussian.factor[b])
     return Sample(z, log_q, local.values(z))
+
+
+TAIL = 1.25
+
+
+def widen(u: Tensor) -> tuple[Tensor, Tensor]:
+    """sinh(delta asinh u) / delta with delta = 1.25, and its log-Jacobian per unit: the normal core, with tails that importance weights can rely on.
+
+    (Sinh-arcsinh transformation, Jones & Pewsey 2009; the identity near zero.)
+    """
+    inner = TAIL * torch.asinh(u)
+    log_slope = torch.log(torch.cosh(inner)) - 0.5 * torch.log1p(u * u)
+    return torch.sinh(inner) / TAIL, log_slope.sum((-1, -2))
+
+
+@dataclass
+class Candidates:
+    """M draws of a component for each particle, neighbours together, with log weights of the resampled blocks' units.
+
+    Args:
+        sample: The draws, `[K M, ...]`.
+        log_weight: Block -> log p - log q per unit given its parents, `[K, M, n]`.
+    """
+
+    sample: Sample
+    log_weight: dict[str, Tensor]
+
+
+def candidates(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Candidates:
+    """Draw M candidates for each particle; blocks that are not resampled are drawn once and held.
+
+    A Gaussian conditional would give constant weights, so they tell how far the guide's conditional is from the model's.
+    """
+    component, k = core.local.component, core.local.particles
+
+    def once(block: Block, shape: tuple[int, ...]) -> Tensor:
+        if block.name in component.resampled:
+            return noise(block, shape)
+        return noise(block, (k, *shape[1:])).repeat_interleave(samples, 0)
+
+    many = core.repeat(samples)
+    local, reduced = many.local, many.local.reduced
+    sample = draw(many, once, corrections)
+    weight = {b: -sample.log_q[b] for b in component.resampled}
+    for factor in component.factors:
+        finest = factor.touches[-1][0]
+        if finest in weight:
+            v = reduced.graph.model.variables[factor.variable]
+            term = reduced.log_prob(v.name, sample.values).flatten(1)
+            index = reduced.unit_index(v.plates, local.blocks[finest].plates)
+            weight[finest] = weight[finest] + term if index is None else weight[finest].index_add(1, index, term)
+    for b in weight:
+        for latent in local.blocks[b].latents:
+            link = reduced.graph.links[latent]
+            base = local.split(local.blocks[b], latent, sample.z[b])
+            weight[b] = weight[b] + link.log_det(base, sample.values[latent].theta.reshape(*base.shape[:2], *link.event_shape))
+    return Candidates(sample, {b: w.reshape(k, samples, -1) for b, w in weight.items()})
+
+
+def resample(core: Core, found: Candidates, uniforms: Mapping[str, Tensor]) -> dict[str, Value]:
+    """One candidate per particle and unit, drawn by its weight; uniforms `[K, n]` by block."""
+    k, local = core.local.particles, core.local
+    out = {}
+    for block in local.component.blocks:
+        zb = found.sample.z[block.name]
+        grouped = zb.reshape(k, -1, *zb.shape[1:])
+        if block.name in found.log_weight:
+            share = torch.softmax(found.log_weight[block.name], 1).cumsum(1)
+            pick = (share < uniforms[block.name][:, None, :] * share[:, -1:, :]).sum(1).clamp_max(grouped.shape[1] - 1)
+            chosen = grouped.gather(1, pick[:, None, :, None, None].expand(-1, 1, *grouped.shape[2:]))[:, 0]
+        else:
+            chosen = grouped[:, 0]
+        out[block.name] = chosen
+    return {n: v for n, v in local.values(out).items() if n not in local.given}
 
 
 def log_density(core: Core, z: Mapping[str, Tensor]) -> dict[str, Tensor]:

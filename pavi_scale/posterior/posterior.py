@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pavi_scale.errors import InputError, RunError
+from pavi_scale.memory import format_bytes
 from pavi_scale.posterior.groups import all_groups, stored_group
 from pavi_scale.posterior.sampler import Context, Sampler, fetch, load
 from pavi_scale.run import Run
@@ -177,7 +178,7 @@ class Posterior:
         rows = []
         for v in self._context.latents:
             dims = ", ".join(f"{d}: {n:,}" for d, n in zip(v.axes, v.shape, strict=True))
-            rows.append((v.name, f"({dims})", f"{v.size:,}", _bytes(v.size * v.dtype.itemsize)))
+            rows.append((v.name, f"({dims})", f"{v.size:,}", format_bytes(v.size * v.dtype.itemsize)))
         return rows
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -189,7 +190,7 @@ class Posterior:
             ("ELBO", "not recorded" if elbo is None else f"{float(np.ravel(elbo)[0]):,.2f} nats"),
             ("plates", ", ".join(f"{p} {n:,}" for p, n in cardinality.items()) or "none"),
             ("latents", f"{sum(v.size for v in latents):,}"),
-            ("memory", f"{_bytes(draw)} a draw, {_bytes(2 * draw)} stored moments"),
+            ("memory", f"{format_bytes(draw)} a draw, {format_bytes(2 * draw)} stored moments"),
             ("run", self.run),
         ]
 
@@ -204,12 +205,3 @@ class Posterior:
         cells = "".join("<tr>" + "".join(f"<td style='text-align:left'>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
         head = "<tr><th>latent</th><th>dims</th><th>size</th><th>a draw</th></tr>"
         return f"<div><strong>pavi_scale.Posterior</strong><table>{facts}</table><table>{head}{cells}</table></div>"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

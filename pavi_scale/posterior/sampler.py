@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +16,14 @@ from pavi_scale.errors import InputError, RunError
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Layout
 
+# Tensor libraries use all cores for one draw and keep settings per process: threads of a chunked read take turns.
+_drawing = threading.Lock()
+
 DRAWS = 1000  # draws of the lazy group when the run's state does not say
 
 
 class Sampler(Protocol):
-    """Draws from a fitted guide. Thread-safe; picklable if lazy draws are to cross process borders.
+    """Draws from a fitted guide; picklable if lazy draws are to cross process borders. Called by one thread at a time.
 
     Attributes:
         seed: Number of the stream of draws; the sampler of a `Context` has stream 0.
@@ -136,7 +140,8 @@ def fetch(sampler: Sampler, latents: Sequence[Latent], draws: np.ndarray, picks:
     unique = {name: np.unique(np.asarray(p, dtype=np.int64), return_inverse=True) for name, p in picks.items()}
     plates = {p for v in latents for p in v.plates}
     units = {name: found for name, (found, _) in unique.items() if name in plates}
-    drawn = sampler.draw([v.name for v in latents], drawn_set, units)
+    with _drawing:
+        drawn = sampler.draw([v.name for v in latents], drawn_set, units)
     out = {}
     for v in latents:
         values = np.asarray(drawn[v.name])

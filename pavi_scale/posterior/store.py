@@ -224,10 +224,11 @@ class PosteriorWriter:
             raise RunError("this group is written region by region", where=f"group {group!r}", remedy="use write")
         with disk_errors("the posterior cannot be written", self.path):
             shutil.rmtree(self.path / group, ignore_errors=True)
-            self._put(group, dataset.assign_coords({n: (c.dims, _labels(c.values), c.attrs) for n, c in dataset.coords.items()}), "w")
+            self._put(group, dataset.assign({n: (v.dims, _labels(v.values), v.attrs) for n, v in dataset.variables.items() if v.dtype.kind in "US"}), "w")
 
     def _put(self, group: str, dataset: xr.Dataset, mode: Any) -> None:
-        encoding: dict[Any, dict[str, Any]] = {n: {"compressors": (Crc32cCodec(),)} for n in dataset.variables}
+        # Chunks of nothing but fill values are files too: a missing file always means damage.
+        encoding: dict[Any, dict[str, Any]] = {n: {"compressors": (Crc32cCodec(),), "write_empty_chunks": True} for n in dataset.variables}
         dataset.drop_encoding().to_zarr(self.path, group=group, mode=mode, consolidated=False, zarr_format=3, encoding=encoding)
 
     def missing(self) -> list[str]:

@@ -208,6 +208,7 @@ def test_spec_opens_the_same_cohort_elsewhere(cohorts, kind):
     again = spec.open(dense_model())
     np.testing.assert_array_equal(again.read("x"), cohort.read("x"))
     assert again.source == cohort.source
+    assert len(again.fingerprint) == 32
     if kind in {"chunked", "sharded", "packed"}:
         assert len(pickle.dumps(spec)) < 2000
         assert again.fingerprint == cohort.fingerprint

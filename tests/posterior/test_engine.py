@@ -6,8 +6,6 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import arviz_plots
-import matplotlib as mpl
 import numpy as np
 import pytest
 import xarray as xr
@@ -17,8 +15,6 @@ from pavi_scale.posterior.backend import PaviBackendEntrypoint
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.run import Run
 from tests.posterior import toy
-
-mpl.use("Agg")
 
 
 @pytest.fixture
@@ -211,11 +207,6 @@ def test_arviz_reads_the_tree(posterior: Posterior, whole: dict[str, np.ndarray]
     table = posterior.summary(var_names=["mu", "theta"], round_to=None)
     assert list(table.index) == ["mu", "theta[anna]", "theta[bert]", "theta[cleo]", "theta[dörte]"]
     np.testing.assert_allclose(table["mean"].astype(float)[1:], whole["theta"].mean(0), rtol=1e-6)
-
-
-def test_arviz_plots_the_tree(posterior: Posterior) -> None:
-    plot = arviz_plots.plot_forest(posterior.datatree, var_names=["theta"], backend="matplotlib")
-    assert plot is not None
 
 
 def test_registered_engine(finished: Path, loader: object) -> None:

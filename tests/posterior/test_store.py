@@ -188,3 +188,20 @@ def test_a_symbolic_link_is_refused(finished: Path, tmp_path: Path) -> None:
     chunk.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunError, match="leaves the store"):
         verify(finished / "posterior.zarr", content=False)
+
+
+def test_small_groups_keep_text_zeros_and_the_unknown(tmp_path: Path) -> None:
+    writer = PosteriorWriter.create(tmp_path, toy.context())
+    toy.fill(writer)
+    fit = xr.Dataset(
+        {"elbo": ("step", [np.nan, np.nan, 3.0]), "stage": ("step", ["prior", "", "ö"]), "skipped": ("step", np.zeros(3, dtype=int))},
+        coords={"step": np.zeros(3, dtype=int), "unit": ("step", ["a", "b", "c"])},
+        attrs={"status": "ok"},
+    )
+    writer.put("fit", fit.isel(step=slice(1)))
+    writer.put("fit", fit)  # replaces the earlier one
+    with pytest.raises(RunError, match="region by region"):
+        writer.put("posterior_sd", fit)
+    back = xr.open_zarr(writer.finish(), group="fit").load()
+    xr.testing.assert_equal(back, fit)
+    assert back.attrs == fit.attrs

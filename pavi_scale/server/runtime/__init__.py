@@ -71,7 +71,7 @@ class DaskEngine:
             PaviError: As raised by the computation on a worker (same type, the package's own).
             WorkerError: The computation raised anything else, or no worker is left.
         """
-        if not self._alive():
+        if not self._alive() or self._client.status in ("closing", "closed"):
             raise WorkerError("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")
         answers: concurrent.futures.Future[Answers] = concurrent.futures.Future()
         self._client.loop.add_callback(self._hub.begin, kind, pack(align_all(state)), [pack_object(dict(task)) for task in tasks], answers)

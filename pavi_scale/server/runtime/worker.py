@@ -96,7 +96,8 @@ class Link:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.create_task(self._live()).add_done_callback(self._live_ended)
+        live = self._loop.create_task(self._live())  # held here: the loop itself only keeps weak references
+        live.add_done_callback(self._live_ended)
         self._loop.run_forever()
 
     def _live_ended(self, live: asyncio.Task[None]) -> None:
@@ -107,7 +108,8 @@ class Link:
         contact = time.monotonic()
         while not self._finished:
             try:
-                life = await self._join()
+                # Dask's handshake has no time limit of its own: a stopped driver's socket still accepts connections.
+                life = await asyncio.wait_for(self._join(), self._contact.timeout)
                 while not self._finished:
                     reply = await asyncio.wait_for(ask(life, op="heartbeat", worker=self._name), self._contact.timeout)
                     contact = time.monotonic()

@@ -1,0 +1,210 @@
+"""The command `pavi-scale`: plan, fit, resume, posterior, report, check of a study file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from distributed import Client
+
+from pavi_scale.cohort import open_cohort
+from pavi_scale.cohort.truth import open_truth
+from pavi_scale.config import Study, load_cluster, load_model, load_study
+from pavi_scale.errors import InputError, Interrupted, PaviError, PlanRefused
+from pavi_scale.fit import fit as fit_study
+from pavi_scale.fit import open_posterior
+from pavi_scale.fit import plan as plan_study
+from pavi_scale.fit import resume as resume_run
+from pavi_scale.memory import format_bytes
+from pavi_scale.posterior.integrity import verify
+from pavi_scale.posterior.posterior import Posterior
+from pavi_scale.report import report as write_report
+from pavi_scale.run import Run, is_run
+from pavi_scale.server.runtime.clusters import local_cluster
+from pavi_scale.summary import summary_table
+
+app = typer.Typer(
+    name="pavi-scale",
+    help="Bayesian inference for very large hierarchical models. Exit codes: 0 done, 2 bad input, 3 refused by the plan, 75 interrupted but resumable.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="the study file")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study, such as fit.seed=1; repeatable")]
+Cluster = Annotated[str | None, typer.Option("--cluster", metavar="FILE.yaml", help="cluster file; replaces the study's own")]
+Select = Annotated[list[str] | None, typer.Option("--sel", metavar="PLATE=LABEL", help="units of a plate to show; repeatable")]
+Folder = Annotated[str | None, typer.Option("--out", metavar="FOLDER", help="where the report goes (default: RUN/report)")]
+
+
+def _command(body: Callable[..., None]) -> Callable[..., None]:
+    """Turn the package's errors into one sentence on standard error, and signals into exit code 75."""
+
+    @functools.wraps(body)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        # As SIGINT, so that a scheduler's request to stop also ends at a checkpoint.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            body(*args, **kwargs)
+        except KeyboardInterrupt:
+            _fail(Interrupted("interrupted before the run began", remedy="run the same command again"))
+        except PaviError as error:
+            _fail(error)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return guarded
+
+
+def _fail(error: PaviError) -> None:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    raise typer.Exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _client(study: Study) -> Iterator[Client | None]:
+    if study.cluster is None:
+        yield None
+        return
+    cluster = load_cluster(study.cluster)
+    with local_cluster(cluster.workers, cluster.threads) as client:
+        yield client
+
+
+def _say(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(what) for what, _ in rows)
+    for what, figure in rows:
+        typer.echo(f"{what:<{width}}  {figure}")
+
+
+@app.command()
+@_command
+def plan(study: File, settings: Settings = None, cluster: Cluster = None) -> None:
+    """Show latents, bytes, memory, disk and steps; nothing is computed."""
+    found = load_study(study, settings or (), cluster)
+    workers = 0 if found.cluster is None else load_cluster(found.cluster).workers
+    options = found.fit.arguments()
+    made = plan_study(load_model(found.model), found.cohort, **{key: options[key] for key in ("encoding", "memory") if key in options})
+    free = _free_bytes(found.run)
+    rows = [*made.table(), ("disk: free", format_bytes(free))]
+    if workers:
+        rows.append(("memory: all processes", f"{format_bytes((workers + 1) * made.peak_bytes)}, {workers} workers and the driver"))
+    _say(rows)
+    if made.disk_bytes > free:
+        got, expected = f"{format_bytes(free)} free", f"{format_bytes(made.disk_bytes)} for the posterior"
+        raise PlanRefused("the posterior does not fit on the disk", where=f"run {found.run!r}", expected=expected, got=got, remedy="free space, or another run path")
+
+
+def _free_bytes(run: str) -> int:
+    path = Path(run).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@app.command()
+@_command
+def fit(study: File, settings: Settings = None, cluster: Cluster = None) -> None:
+    """Fit the model to the cohort; the posterior goes into the run directory."""
+    found = load_study(study, settings or (), cluster)
+    model = load_model(found.model)
+    # The cohort's faults are told before a cluster is started for it.
+    open_cohort(found.cohort, model)
+    with _client(found) as client:
+        posterior = fit_study(model, found.cohort, run=found.run, client=client, **found.fit.arguments())
+    typer.echo(repr(posterior))
+
+
+@app.command()
+@_command
+def resume(study: File, settings: Settings = None, cluster: Cluster = None) -> None:
+    """Go on with an interrupted fit."""
+    found = load_study(study, settings or (), cluster)
+    model = load_model(found.model)
+    Run.open(found.run)
+    with _client(found) as client:
+        posterior = resume_run(found.run, model=model, client=client, progress=found.fit.progress)
+    typer.echo(repr(posterior))
+
+
+def _open(study: Study) -> Posterior:
+    return open_posterior(study.run, model=load_model(study.model))
+
+
+@app.command()
+@_command
+def posterior(study: File, settings: Settings = None, cluster: Cluster = None, sel: Select = None) -> None:
+    """Print the summary of the posterior: global variables, or the units that --sel names."""
+    found = _open(load_study(study, settings or (), cluster))
+    chosen = _selection(found, sel or ())
+    typer.echo(repr(found))
+    table = summary_table(found, chosen)
+    typer.echo("" if table.empty else f"\n{table.to_string(float_format=lambda x: f'{x:.4g}')}")
+
+
+def _selection(posterior: Posterior, wanted: Sequence[str]) -> dict[str, Any]:
+    """Plate -> label, of `plate=label` texts; a label is matched as text, then as YAML (a number)."""
+    moments = posterior.datatree["posterior_mean"]
+    chosen: dict[str, Any] = {}
+    for text in wanted:
+        plate, equals, label = text.partition("=")
+        if not equals or plate not in moments.sizes:
+            raise InputError("a selection is `plate=label`", where=f"--sel {text!r}", expected=f"a plate or dimension among {sorted(map(str, moments.sizes))}")
+        labels = moments.coords[plate].values.tolist() if plate in moments.coords else list(range(moments.sizes[plate]))
+        match = [value for value in labels if str(value) == label]
+        if not match:
+            shown = ", ".join(map(str, labels[:5])) + (", ..." if len(labels) > 5 else "")
+            raise InputError("no unit of that label", where=f"--sel {text!r}", expected=f"one of {len(labels):,} labels: {shown}", got=repr(label))
+        chosen[plate] = match[0]
+    return chosen
+
+
+@app.command()
+@_command
+def report(study: File, settings: Settings = None, cluster: Cluster = None, out: Folder = None) -> None:
+    """Write a page with the ELBO curve, the global variables and the diagnostics; with calibration where the cohort holds the truth."""
+    found = load_study(study, settings or (), cluster)
+    page = write_report(_open(found), out, truth=open_truth(found.cohort))
+    typer.echo(f"report written to {page}")
+
+
+@app.command()
+@_command
+def check(study: File, settings: Settings = None, cluster: Cluster = None) -> None:
+    """Verify the cohort (every value) and, where there is a run, its files against their digests."""
+    found = load_study(study, settings or (), cluster)
+    if found.cluster is not None:
+        load_cluster(found.cluster)
+    cohort = open_cohort(found.cohort, load_model(found.model))
+    cohort.check_values()
+    _say([("cohort", f"sound: {format_bytes(cohort.nbytes)}, {cohort.layout!r}")])
+    if not is_run(found.run):
+        typer.echo("run     none yet")
+        return
+    run = Run.open(found.run)
+    run.read_study()
+    if run.generation is None:
+        typer.echo("run     begun, nothing to verify yet")
+        return
+    state = run.state()
+    typer.echo(f"run     sound: generation {run.generation}, {state.get('phase', 'unknown phase')}, status {state.get('status', 'none yet')}")
+    if run.posterior_path.exists():
+        typer.echo(f"posterior sound: {verify(run.posterior_path)} files as in their manifest")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command `pavi-scale`; exits with its code."""
+    app(args=None if arguments is None else list(arguments), prog_name="pavi-scale")
+
+
+if __name__ == "__main__":
+    main()

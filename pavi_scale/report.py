@@ -1,0 +1,130 @@
+"""The report of a run: pictures as PNG, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pavi_scale.calibration import Calibration, calibrate
+from pavi_scale.durable import disk_errors
+from pavi_scale.errors import RunError
+from pavi_scale.posterior.posterior import Posterior
+from pavi_scale.summary import summary_table
+
+_LIMIT = 0.7  # Pareto k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow-x:auto}"
+    ".ok{color:#1a7f37}.unconverged,.unreliable{color:#b42318}"
+)
+
+
+def report(posterior: Posterior, folder: str | Path | None = None, truth: Any = None, figures: Mapping[str, Figure] | None = None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        posterior: The posterior.
+        folder: Where it goes; `report` in the run directory by default.
+        truth: Dataset of true values of latents, for a simulated cohort: adds calibration.
+        figures: Further pictures, title -> figure.
+
+    Returns:
+        Path of the page, `index.html`; the pictures lie beside it.
+
+    Raises:
+        RunError: The folder cannot be written, or the run is not complete.
+    """
+    home = Path(posterior.run) / "report" if folder is None else Path(folder)
+    sections: list[tuple[str, str]] = [("The fit", f"<pre>{html.escape(repr(posterior))}</pre>")]
+    drawn: dict[str, Figure] = {}
+    try:
+        drawn["ELBO"] = posterior.plot_elbo()
+    except RunError as error:
+        sections.append(("ELBO", f"<p>{html.escape(error.what)}</p>"))
+    calibration = None if truth is None else calibrate(posterior, truth)
+    if calibration is not None and calibration.ranks:
+        drawn["Calibration"] = plot_calibration(calibration)
+        sections.append(("Coverage of the truth", _coverage(calibration)))
+    drawn |= dict(figures or {})
+    sections.append(("Global variables", _globals(posterior)))
+    sections.append(("Diagnostics by unit", _khat(posterior)))
+    with disk_errors("the report cannot be written", home):
+        home.mkdir(parents=True, exist_ok=True)
+        pictures = [(title, _picture(home, title, figure)) for title, figure in drawn.items()]
+        page = home / "index.html"
+        page.write_text(_page(posterior, [sections[0], *pictures, *sections[1:]]), encoding="utf-8")
+    return page
+
+
+def plot_calibration(calibration: Calibration, figure: Figure | None = None) -> Figure:
+    """Share of true values inside central intervals, against the intervals' probability: on the diagonal if calibrated."""
+    figure = figure or Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    levels = np.linspace(0.0, 1.0, 101)
+    axes.plot([0, 1], [0, 1], color="0.6", lw=1)
+    for name in calibration.ranks:
+        # A handful of values makes a staircase that says nothing.
+        if len(calibration.ranks[name]) >= 20:
+            axes.plot(levels, calibration.coverage(name, levels), label=f"{name} ({len(calibration.ranks[name]):,})")
+    axes.set(xlabel="probability of the interval", ylabel="share of true values inside", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
+def _coverage(calibration: Calibration) -> str:
+    rows = {name: (len(ranks), *calibration.coverage(name, np.array([0.5, 0.9]))) for name, ranks in calibration.ranks.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["values looked at", "in the 50 % interval", "in the 90 % interval"])
+    share = "{:.1%}".format
+    return _table(table.assign(**{c: table[c].map(share) for c in table.columns[1:]}))
+
+
+def _globals(posterior: Posterior) -> str:
+    table = summary_table(posterior)
+    more = table.attrs["left out"]
+    note = f"<p>Too large for a table: {html.escape(', '.join(more))}.</p>" if more else ""
+    return (_table(table) if len(table) else "<p>None.</p>") + note
+
+
+def _khat(posterior: Posterior) -> str:
+    diagnostics = posterior.diagnostics
+    rows = {}
+    for name, values in diagnostics.data_vars.items():
+        known = values.values[np.isfinite(values.values)]
+        if "khat" in str(name) and known.size:
+            rows[str(name)] = (known.size, float(np.median(known)), float(known.max()), float((known > _LIMIT).mean()))
+    if not rows:
+        return "<p>None stored.</p>"
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["units looked at", "median", "largest", f"share above {_LIMIT}"])
+    legend = f"<p>Pareto k-hat of importance weights; above {_LIMIT} the approximation of that unit is not to be trusted; -1 where it is exact.</p>"
+    return legend + _table(table)
+
+
+def _table(table: pd.DataFrame) -> str:
+    return str(table.to_html(border=0, float_format=lambda x: f"{x:.4g}", escape=True))
+
+
+def _picture(home: Path, title: str, figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    name = "".join(c if c.isalnum() else "_" for c in title.lower())
+    (home / f"{name}.png").write_bytes(buffer.getvalue())
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _page(posterior: Posterior, sections: list[tuple[str, str]]) -> str:
+    body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
+    name = html.escape(Path(posterior.run).name)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>'
+        f'<body><h1>{name}: <span class="{html.escape(posterior.status)}">{html.escape(posterior.status)}</span></h1>{body}</body></html>'
+    )
