@@ -42,7 +42,7 @@ def calibrate(posterior: Posterior, truth: Any, draws: int = 400, values: int = 
         values: Values looked at per latent, about: units of the largest plates are chosen at random.
         seed: Of that choice.
     """
-    group = posterior.datatree["posterior"]
+    group = posterior.datatree["posterior"].dataset
     rng = np.random.default_rng(seed)
     ranks: dict[str, np.ndarray] = {}
     for v in posterior.model.latents:

@@ -101,7 +101,7 @@ def plan(study: File, settings: Settings = None, cluster: Cluster = None) -> Non
     _say(rows)
     if made.disk_bytes > free:
         got, expected = f"{format_bytes(free)} free", f"{format_bytes(made.disk_bytes)} for the posterior"
-        raise PlanRefused("the posterior does not fit on the disk", where=f"run {found.run!r}", expected=expected, got=got, remedy="free space, or another run path")
+        raise PlanRefused("the posterior does not fit on the disk", where=f"run {found.run!r}", expected=expected, got=got, remedy="free some, or move the run")
 
 
 def _free_bytes(run: str) -> int:
@@ -153,7 +153,7 @@ def posterior(study: File, settings: Settings = None, cluster: Cluster = None, s
 
 def _selection(posterior: Posterior, wanted: Sequence[str]) -> dict[str, Any]:
     """Plate -> label, of `plate=label` texts; a label is matched as text, then as YAML (a number)."""
-    moments = posterior.datatree["posterior_mean"]
+    moments = posterior.datatree["posterior_mean"].dataset
     chosen: dict[str, Any] = {}
     for text in wanted:
         plate, equals, label = text.partition("=")

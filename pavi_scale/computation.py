@@ -54,7 +54,7 @@ class Settings:
 
     free: tuple[tuple[str, ...], ...] = ()
     schemes: Mapping[str, str] = field(default_factory=dict)
-    structure: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     split: str | None = None
     dtype: str = "float64"
     threads: int = 1
@@ -222,8 +222,8 @@ class StudyComputation:
     def weights(self, state: Arrays, reduced: Reduced) -> Weights:
         """All weights of a state, for the units of a reduced model."""
         sites = {b: tuple(t.chunk(2, -1)) for b, t in self.rows(state, reduced.selection, "site").items()}
-        loc = torch.tensor(state["root/loc"], dtype=self.dtype)
-        raw = torch.tensor(state["root/raw"], dtype=self.dtype)
+        loc = torch.tensor(state.get("root/loc", np.zeros(0)), dtype=self.dtype)
+        raw = torch.tensor(state.get("root/raw", np.zeros((0, 0))), dtype=self.dtype)
         return Weights(loc, raw, sites, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))  # type: ignore[arg-type]
 
     # -- tasks ------------------------------------------------------------------------------------------------------------------
@@ -328,12 +328,19 @@ class StudyComputation:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""
         reduced, shard = self.shard(task)
         weights = self.weights(state, reduced)
-        points, size, noise = state["points"], self.per_chunk(reduced), generator_noise(stream(int(task["seed"]), "elbo", shard.start), self.dtype)
+        corrections = correctors(weights, reduced)
+        points, size, noise = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates)), generator_noise(stream(int(task["seed"]), "elbo", shard.start), self.dtype)
         parts = []
         with torch.no_grad():
             for start in range(0, len(points), size):
                 z = torch.tensor(points[start : start + size], dtype=self.dtype)
-                value = local_elbo(self.guide, reduced, self.space.values(z), weights, noise, particles=len(z), differentiable=False, split=shard.plate, first=shard.first)
+                if self.guide.free:
+                    value = local_elbo(self.guide, reduced, self.space.values(z), weights, noise, particles=len(z), differentiable=False, split=shard.plate, first=shard.first)
+                else:
+                    value = self.guide.local_bound(
+                        reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, bound=True,
+                        samples=max(1, self.guide.candidates), noise=noise, corrections=corrections,
+                    )
                 parts.append(value.to(torch.float64).numpy())
         return {"bound": np.concatenate(parts)}
 
@@ -344,7 +351,7 @@ class StudyComputation:
         with the positions of ragged units as `units/<plate>`.
         """
         reduced, shard = self.shard(task)
-        points, size = state["points"], self.per_chunk(reduced)
+        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates))
         moments = Moments(self.guide, reduced, self.weights(state, reduced), generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype), int(task["repeats"]))
         with torch.no_grad():
             for start in range(0, len(points), size):

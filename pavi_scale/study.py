@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Red
     return Reduced(graph, selection, read(graph, selection, names, cohort))
 
 
-def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, int]]:
+def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, Any]]:
     """Structure of the components, probed on a few units at values drawn from the prior."""
     guide = Guide(graph, free)
     if not guide.components:

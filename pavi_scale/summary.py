@@ -27,7 +27,7 @@ def summary_table(posterior: Posterior, sel: Mapping[str, Any] | None = None, ro
     Returns:
         One row for each element, named such as `alpha[AITKIN]`.
     """
-    moments, sd, draws = (posterior.datatree[group] for group in ("posterior_mean", "posterior_sd", "posterior"))
+    moments, sd, draws = (posterior.datatree[group].dataset for group in ("posterior_mean", "posterior_sd", "posterior"))
     sel = dict(sel or {})
     found: dict[str, list[float]] = {}
     left_out = []

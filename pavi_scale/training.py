@@ -121,7 +121,7 @@ class Trainer:
             lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
             max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
         )
-        return self._fitted(pool.points, pool.weight, pool.gaussian, converged and pool.ess > 100, pool.khat)
+        return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
 
     def _cost(self) -> float:
         if not self.seconds_per_point:

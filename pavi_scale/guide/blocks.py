@@ -64,6 +64,7 @@ class Component:
         tree: Whether elimination from fine to coarse stays local; else the component is one dense Gaussian.
         elementwise: Whether coordinates of different event index are independent: C = event size, e = latents per block.
         candidates: Draws per unit of its finest blocks among which one is picked by importance weight; 0 for none.
+        rough: Laws with kinks, whose second derivative is zero where it exists.
         quadratic: Whether its log joint is quadratic in its coordinates (linear-Gaussian laws): its Gaussian is then exact.
     """
 
@@ -74,6 +75,7 @@ class Component:
     elementwise: bool = False
     quadratic: bool = False
     candidates: int = 0
+    rough: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ from pavi_scale.model.density import Aligned
 from pavi_scale.reduced import Reduced, Value
 
 MAX_ITERATIONS = 40
+ROUGH_ITERATIONS = 12
 Coordinates = dict[str, Tensor]
 
 
@@ -74,6 +75,7 @@ class LocalModel:
     def __init__(self, component: Component, reduced: Reduced, given: Mapping[str, Value], sites: Mapping[str, tuple[Tensor, Tensor]], particles: int) -> None:
         self.component, self.reduced, self.given, self.sites, self.particles = component, reduced, given, sites, particles
         self.blocks = {b.name: b for b in component.blocks}
+        self.width = {b.name: torch.ones(particles, self.units(b), *component.shape(b), dtype=reduced.dtype) for b in component.blocks} if component.rough else {}
         self.top = component.top(reduced.graph.model.plates)
         self.index: dict[Pair, Tensor | None] = {
             (fine, coarse): reduced.unit_index(self.blocks[fine].plates, self.blocks[coarse].plates) for fine, above in component.couplings.items() for coarse in above
@@ -187,6 +189,8 @@ class LocalModel:
             if known is not None:
                 plates = self.blocks[factor.touches[0][0]].plates
                 term, grads, hess = known.at(z[factor.touches[0][0]])
+            elif factor.variable in self.component.rough:
+                term, grads, hess = self._rough(factor, z, differentiable)
             else:
                 term, grads, hess = self._factor(factor, z, differentiable)
             topped = self.to_top(term, plates)
@@ -284,18 +288,18 @@ class LocalModel:
                 out.update({(b, a): h for b, h in zip(copies, second, strict=True)})
         return out
 
-    def _factor(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+    def _factor(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, *, second: bool = True) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """Terms of one law: value `[K, n_f]`, gradients and minus second derivatives, in the blocks' full e axes."""
         with torch.enable_grad():  # the caller may not track gradients; second derivatives need it
-            return self._derivatives(factor, z, differentiable)
+            return self._derivatives(factor, z, differentiable, second)
 
-    def _derivatives(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+    def _derivatives(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, second: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         value, copies = self._copies(factor, z, differentiable)
         names = list(copies)
         first = torch.autograd.grad(value.sum(), [copies[n] for n in names], create_graph=True, materialize_grads=True)
         grads = {n: g if differentiable else g.detach() for n, g in zip(names, first, strict=True)}
         hess: dict[Pair, Tensor] = {}
-        for i, a in enumerate(names):
+        for i, a in enumerate(names if second else []):
             columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(self.blocks[a], latent)})
             rows = names[i:]
             parts: dict[str, list[Tensor]] = {b: [torch.zeros_like(copies[b])] * copies[a].shape[3] for b in rows}
@@ -303,16 +307,52 @@ class LocalModel:
                 seed = first[i][..., c].sum()
                 if not seed.requires_grad:
                     continue
-                second = torch.autograd.grad(seed, [copies[b] for b in rows], create_graph=differentiable, retain_graph=True, materialize_grads=True)
-                for b, column in zip(rows, second, strict=True):
+                found = torch.autograd.grad(seed, [copies[b] for b in rows], create_graph=differentiable, retain_graph=True, materialize_grads=True)
+                for b, column in zip(rows, found, strict=True):
                     parts[b] = [*parts[b][:c], -column, *parts[b][c + 1 :]]
             for b in rows:  # stored (fine, coarse): `b` comes later, so it is the finer one
                 hess[b, a] = torch.stack(parts[b], -1)
         return value if differentiable else value.detach(), grads, hess
 
+    def _rough(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        """As `_factor` for a law with kinks (Laplace), whose second derivative says nothing.
+
+        Gradient and curvature are those of the law averaged over the width of the posterior: means and differences of gradients
+        at +- one width per coordinate, as a Gaussian variational posterior would see them.
+        """
+        value, _ = self._copies(factor, z, differentiable)
+        names = [name for name, _ in factor.touches]
+        v = self.reduced.graph.model.variables[factor.variable]
+        smoothed: dict[str, list[Tensor]] = {n: [] for n in names}
+        hess: dict[Pair, Tensor] = {}
+        for i, a in enumerate(names):
+            block = self.blocks[a]
+            columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(block, latent)})
+            parts: dict[str, list[Tensor]] = {}
+            index = self.reduced.unit_index(v.plates, block.plates)
+            for c in columns:
+                width = self.width[a][..., c]
+                sides = []
+                for sign in (1.0, -1.0):
+                    moved = z[a].detach().clone()
+                    moved[..., c] += sign * width
+                    _, grads, _ = self._factor(factor, {**z, a: moved}, False, second=False)
+                    sides.append(grads)
+                step = 2 * (width if index is None else width.index_select(1, index))[..., None]
+                for b in names:
+                    smoothed[b].append(0.5 * (sides[0][b] + sides[1][b]))
+                for b in names[i:]:
+                    parts.setdefault(b, [torch.zeros_like(sides[0][b])] * z[a].shape[3])
+                    parts[b] = [*parts[b][:c], (sides[1][b] - sides[0][b]) / step, *parts[b][c + 1 :]]
+            for b in names[i:]:
+                hess[b, a] = torch.stack(parts[b], -1)
+        return value, {n: torch.stack(g).mean(0) for n, g in smoothed.items()}, hess
+
     def mode(self) -> tuple[Coordinates, int]:
         """Mode of the log joint by damped Newton steps, without derivatives; and the number of steps taken."""
         z = self.start()
+        if self.component.rough:
+            return self._rough_mode(z), ROUGH_ITERATIONS
         tolerance = 1e-5 if self.reduced.dtype == torch.float32 else 1e-9
         previous: Expansion | None = None
         scale: Tensor | None = None
@@ -334,6 +374,19 @@ class LocalModel:
             scale = torch.ones_like(expansion.value)
             z = self._move(at, expansion.gaussian.step, scale)
         return z, MAX_ITERATIONS
+
+    def _rough_mode(self, z: Coordinates) -> Coordinates:
+        """Fixed point of averaged Newton steps, each at most three widths long; widths follow the conditional sds of the curvature."""
+        for _ in range(ROUGH_ITERATIONS):
+            gaussian = self.expand(z, differentiable=False).gaussian
+            limit = {b: 3 * w for b, w in self.width.items()}
+            z = {b: zb + gaussian.step[b].clamp(-limit[b], limit[b]) for b, zb in z.items()}
+            if isinstance(gaussian, Tree):
+                for b, factor in gaussian.factor.items():
+                    precision = (factor @ factor.mT).diagonal(dim1=-2, dim2=-1)
+                    # At most halved or doubled a step: a width is judged by an average over the one before.
+                    self.width[b] = torch.minimum(torch.maximum(precision.rsqrt(), 0.5 * self.width[b]), 2.0 * self.width[b]).clamp(1e-4, 10.0).detach()
+        return z
 
     def _move(self, z: Coordinates, step: Mapping[str, Tensor], scale: Tensor) -> Coordinates:
         out = {}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pavi_scale.guide.blocks import Component, lies_below, make_blocks, make_components
+from pavi_scale.guide.blocks import Component, Factor, lies_below, make_blocks, make_components
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
-from pavi_scale.guide.local import Core, Correction, Noise, candidates, fit_core
+from pavi_scale.guide.local import Core, Correction, Noise, component_bound, fit_core
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Reduced, Value
 
@@ -26,12 +27,12 @@ class Guide:
         structure: Component name -> {"elementwise": ..., "quadratic": ..., "candidates": ...}: found by `probe`, decided by the plan.
     """
 
-    def __init__(self, graph: Graph, free: frozenset[frozenset[str]] = frozenset(), structure: Mapping[str, Mapping[str, int]] | None = None) -> None:
+    def __init__(self, graph: Graph, free: frozenset[frozenset[str]] = frozenset(), structure: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.graph, self.free = graph, free
         structure = structure or {}
         self.blocks = make_blocks(graph, free)
         self.components: list[Component] = [
-            replace(c, **structure.get(c.name, {})) for c in make_components(graph, self.blocks)  # type: ignore[arg-type]
+            replace(c, **{k: tuple(v) if k == "rough" else v for k, v in structure.get(c.name, {}).items()}) for c in make_components(graph, self.blocks)  # type: ignore[arg-type]
         ]
         touched = {f.variable for c in self.components for f in c.factors}
         self.plain = [v for v in graph.model.of_kind("observed") if v.name not in touched]
@@ -52,12 +53,12 @@ class Guide:
 
     def local_bound(
         self, reduced: Reduced, root: Mapping[str, Value], particles: int, *, split: str | None = None, first: bool = True,
-        differentiable: bool = False, samples: int = 0, noise: Noise | None = None, corrections: Mapping[str, Correction] | None = None,
+        differentiable: bool = False, bound: bool = False, samples: int = 0, noise: Noise | None = None, corrections: Mapping[str, Correction] | None = None,
     ) -> Tensor:
         """sum_n L_n(root) over the shard, `[K]`.
 
         Quadratic components give their exact log marginal. Others give the Laplace value; those of a single block the importance-weighted bound
-        log 1/M sum_m p/q per unit (Burda et al. 2016) if `samples` = M is not zero.
+        log 1/M sum_m p/q per unit if `samples` = M is not zero. With `bound`, other components too give a lower bound, not the Laplace value.
         """
         total = torch.zeros(particles, dtype=reduced.dtype)
         for v in self.plain:
@@ -69,12 +70,10 @@ class Guide:
                 continue
             local = LocalModel(component, reduced, root, {}, particles)
             core = fit_core(local, differentiable=differentiable)
-            if not component.weighted or not samples or noise is None:
+            if component.quadratic or not samples or noise is None or not (component.weighted or bound):
                 total = total + core.log_marginal(weights(core))
             else:
-                (ratios,) = candidates(core, noise, samples, corrections).log_weight.values()
-                units = torch.logsumexp(ratios, 1) - math.log(samples)
-                total = total + (units * weights(core)).sum(1)
+                total = total + component_bound(core, noise, samples if component.resampled else 1, corrections)
         return total
 
 
@@ -86,7 +85,7 @@ def weights(core: Core) -> Tensor:
     return local.reduced.weights(local.top.plates).flatten()
 
 
-def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, int]]:
+def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, Any]]:
     """Find, numerically on a small selection, which components are element-wise over events, and which are quadratic.
 
     Element-wise: with random signs s, H (s 1) = s (H 1) for every law. Quadratic: the curvature does not move with the point.
@@ -97,7 +96,7 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
         reduced: A small reduced model.
         draws: Values of all latents at a few points (root and local).
     """
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, Any]] = {}
     guide = Guide(graph, free)
     for component in guide.components:
         size = {s for b in component.blocks for s in b.sizes}
@@ -111,7 +110,8 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
             quadratic = all(_curvature_fixed(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws)
         else:
             quadratic = False
-        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic}
+        rough = [f.variable for f in component.factors if all(_kinked(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
+        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic and not rough, "rough": rough}
     return found
 
 
@@ -131,6 +131,14 @@ def _signs_agree(local: LocalModel) -> bool:
             if float((product * signs[:, None] - signed[pair]).abs().max() / scale) > 1e-8:
                 return False
     return True
+
+
+def _kinked(local: LocalModel, factor: Factor) -> bool:
+    """Whether a law's gradient changes between two points although its second derivative is zero at both."""
+    one, two = (_points(local, seed) for seed in (4, 5))
+    (_, first, h_one), (_, second, h_two) = (local._factor(factor, z, False) for z in (one, two))
+    flat = all(float(h.abs().max()) == 0.0 for h in (*h_one.values(), *h_two.values()))
+    return flat and any(float((first[b] - second[b]).abs().max()) > 1e-9 for b in first)
 
 
 def _curvature_fixed(local: LocalModel) -> bool:

@@ -183,6 +183,35 @@ def candidates(core: Core, noise: Noise, samples: int, corrections: Mapping[str,
     return Candidates(sample, {b: w.reshape(k, samples, -1) for b, w in weight.items()})
 
 
+def component_bound(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Tensor:
+    """Evidence lower bound of one component given what it was given, weighted over its units, `[K]`.
+
+    E_q[log p - log q], with log 1/M sum_m p/q (Burda et al. 2016) in place of the last for each unit of a resampled block.
+    """
+    found = candidates(core, noise, max(1, samples), corrections)
+    local, reduced, k = core.local, core.local.reduced, core.local.particles
+    total = torch.zeros(k, dtype=reduced.dtype)
+    for b, log_weight in found.log_weight.items():
+        units = torch.logsumexp(log_weight, 1) - math.log(log_weight.shape[1])
+        total = total + (units * reduced.weights(local.blocks[b].plates).flatten()).sum(1)
+    step = max(1, samples)
+    values = {n: Value(v.theta[::step], v.plates) for n, v in found.sample.values.items()}
+    for factor in local.component.factors:
+        if factor.touches[-1][0] not in found.log_weight:
+            v = reduced.graph.model.variables[factor.variable]
+            total = total + (reduced.log_prob(v.name, values) * reduced.weights(v.plates)).flatten(1).sum(1)
+    for block in local.component.blocks:
+        if block.name in found.log_weight:
+            continue
+        weight = reduced.weights(block.plates).flatten()
+        total = total - (found.sample.log_q[block.name][::step] * weight).sum(1)
+        for latent in block.latents:
+            link = reduced.graph.links[latent]
+            base = local.split(block, latent, found.sample.z[block.name][::step])
+            total = total + (link.log_det(base, values[latent].theta.reshape(*base.shape[:2], *link.event_shape)) * weight).sum(1)
+    return total
+
+
 def resample(core: Core, found: Candidates, uniforms: Mapping[str, Tensor]) -> dict[str, Value]:
     """One candidate per particle and unit, drawn by its weight; uniforms `[K, n]` by block."""
     k, local = core.local.particles, core.local

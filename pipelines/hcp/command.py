@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,14 +37,16 @@ def demo(args: argparse.Namespace) -> None:
         common.provide(args.cohort, lambda: make_cohort(args.cohort, args.subjects, args.vertices, seed=args.seed))
     with timed("plan"):
         print(ps.plan(hcp.model, args.cohort, memory=args.memory))
-    if Path(args.run).exists():
-        raise SystemExit(f"the run {args.run} is there already: remove it, or name another with --run")
     with (
         timed(f"fit on {args.workers} workers"),
         LocalCluster(n_workers=args.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        posterior = ps.fit(hcp.model, args.cohort, run=args.run, seed=args.seed, client=client, memory=args.memory)
+        if (Path(args.run) / "run.json").exists():
+            print(f"run {args.run} is there already: it goes on where it stopped")
+            posterior = ps.resume(args.run, client=client)
+        else:
+            posterior = ps.fit(hcp.model, args.cohort, run=args.run, seed=args.seed, client=client, memory=args.memory)
     print(posterior)
     truth = xr.open_zarr(args.cohort, group="truth", consolidated=False)
     # Networks are numbered arbitrarily: number the truth as the fit does.
@@ -58,7 +58,8 @@ def demo(args: argparse.Namespace) -> None:
         page = ps.report(posterior, truth=truth, figures=pictures(posterior, truth))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"report: {page}\nwhole demo: {time.perf_counter() - began:.0f} s; peak memory {peak:.2f} GiB in the driver, {children:.2f} GiB in the largest worker")
+    print(f"report: {page}")
+    print(f"whole demo: {time.perf_counter() - began:.0f} s; peak memory {peak:.2f} GiB in the driver, {children:.2f} GiB in the largest worker")
 
 
 def query(posterior: Any) -> None:

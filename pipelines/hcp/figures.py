@@ -30,7 +30,8 @@ def fingerprints(axes: Axes, recovered: np.ndarray, true: np.ndarray) -> None:
         axes.scatter(x, y, s=12, color=COLOURS(network), label=f"network {network + 1}")
     low, high = true.min(), true.max()
     axes.plot([low, high], [low, high], color="0.6", lw=1, zorder=0)
-    axes.set(xlabel="true fingerprint", ylabel="posterior mean", title=f"fingerprints, r = {np.corrcoef(true.ravel(), recovered.ravel())[0, 1]:.4f}", aspect="equal")
+    correlation = np.corrcoef(true.ravel(), recovered.ravel())[0, 1]
+    axes.set(xlabel="true fingerprint", ylabel="posterior mean", title=f"fingerprints, r = {correlation:.4f}", aspect="equal")
 
 
 def parcellation(axes: Axes, label: np.ndarray, title: str) -> None:
@@ -38,9 +39,7 @@ def parcellation(axes: Axes, label: np.ndarray, title: str) -> None:
     points = sphere(len(label))
     for side in (1, -1):
         seen = side * points[:, 1] < 0
-        axes.scatter(
-            side * points[seen, 0] + 1.1 * side, points[seen, 2], c=label[seen], cmap=COLOURS, vmin=-0.5, vmax=len(COLOURS.colors) - 0.5, s=1.5, lw=0, rasterized=True
-        )
+        axes.scatter(side * (points[seen, 0] + 1.1), points[seen, 2], color=COLOURS(label[seen]), s=1.5, lw=0, rasterized=True)
     axes.set(title=title, aspect="equal")
     axes.set_axis_off()
 

@@ -47,8 +47,9 @@ def make_cohort(store: str, subjects: int = 20, vertices: int = VERTICES, sessio
     of_subject = _array(truth, "mu_subject", (subjects, NETWORKS, features), ("subject", "network", "feature"))
     of_session = _array(truth, "mu_session", (subjects, sessions, NETWORKS, features), ("subject", "session", "network", "feature"))
     logits = _array(truth, "label_logits", (subjects, vertices, NETWORKS), ("subject", "vertex", "network"), (1, step, NETWORKS))
-    scales = {"eps": np.full(NETWORKS, BETWEEN_SUBJECTS), "sigma": np.full(NETWORKS, BETWEEN_SESSIONS), "kappa": np.asarray(NOISE)}
-    for name, dims, value in [("mu", ("network", "feature"), mu), ("rho", ("vertex", "network"), rho), *((n, ("network",)[: v.ndim], v) for n, v in scales.items())]:
+    small = {"mu": (("network", "feature"), mu), "rho": (("vertex", "network"), rho), "kappa": ((), np.asarray(NOISE))}
+    small |= {"eps": (("network",), np.full(NETWORKS, BETWEEN_SUBJECTS)), "sigma": (("network",), np.full(NETWORKS, BETWEEN_SESSIONS))}
+    for name, (dims, value) in small.items():
         _array(truth, name, value.shape, dims)[...] = value
     for subject in range(subjects):
         own = np.random.default_rng([seed, subject])  # a subject's data do not depend on how many others there are
@@ -66,6 +67,7 @@ def _session(logits: np.ndarray, means: np.ndarray, rng: np.random.Generator) ->
 
 
 def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> zarr.Array:
+    # Not-a-number is never plausible data: a chunk that was lost does not go unnoticed.
     return group.create_array(
-        name, shape=shape, chunks=chunks or tuple(max(1, n) for n in shape), dtype="float32", dimension_names=dims, compressors=[Crc32cCodec()], fill_value=np.nan
+        name, shape=shape, chunks=chunks or shape, dtype="float32", dimension_names=dims, compressors=[Crc32cCodec()], fill_value=np.nan
     )
