@@ -181,7 +181,7 @@ class StudyComputation:
         self._corrections = None
         out = {f"correction/{k}": v.to(torch.float64).numpy().copy() for k, v in made.state_dict().items()}
         for name in made.names():
-            if self.settings.schemes[name] == "hybrid":
+            if self.settings.schemes[name] in ("hybrid", "free"):
                 block = self.block(name)
                 out[f"residual/{name}"] = np.zeros((math.prod(self.layout.cardinality[p] for p in block.plates), 2 * block.dim))
         return out

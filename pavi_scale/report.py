@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from pavi_scale.calibration import Calibration, calibrate
 from pavi_scale.durable import disk_errors
-from pavi_scale.errors import RunError
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.summary import summary_table
 
@@ -46,10 +45,7 @@ def report(posterior: Posterior, folder: str | Path | None = None, truth: Any = 
     home = Path(posterior.run) / "report" if folder is None else Path(folder)
     sections: list[tuple[str, str]] = [("The fit", f"<pre>{html.escape(repr(posterior))}</pre>")]
     drawn: dict[str, Figure] = {}
-    try:
-        drawn["ELBO"] = posterior.plot_elbo()
-    except RunError as error:
-        sections.append(("ELBO", f"<p>{html.escape(error.what)}</p>"))
+    drawn["ELBO"] = plot_trace(posterior)
     calibration = None if truth is None else calibrate(posterior, truth)
     if calibration is not None and calibration.ranks:
         drawn["Calibration"] = plot_calibration(calibration)
@@ -63,6 +59,27 @@ def report(posterior: Posterior, folder: str | Path | None = None, truth: Any = 
         page = home / "index.html"
         page.write_text(_page(posterior, [sections[0], *pictures, *sections[1:]]), encoding="utf-8")
     return page
+
+
+def plot_trace(posterior: Posterior) -> Figure:
+    """The bound over the steps, a panel for each stage of the fit: stages bound different things, and their scales differ."""
+    trace = posterior.datatree["fit"].dataset
+    bound = np.asarray(trace["elbo"].values)
+    stage = [str(s) for s in trace["stage"].values.tolist()] if "stage" in trace else ["fit"] * len(bound)
+    names = list(dict.fromkeys(stage))
+    figure = Figure(figsize=(max(4.5, 3.2 * len(names)), 3), layout="constrained")
+    for name, axes in zip(names, np.ravel(figure.subplots(1, max(1, len(names)))), strict=True):
+        steps = np.array([i for i, s in enumerate(stage) if s == name and np.isfinite(bound[i])], dtype=int)
+        values = bound[steps]
+        axes.plot(steps, values, marker="." if len(steps) < 40 else "", color="C0")
+        if len(steps) > 10:
+            # The first steps dwarf the rest: show the part that still says something.
+            low, high = np.quantile(values, 0.1), values.max()
+            axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+        axes.set(title=name, xlabel="step")
+        axes.ticklabel_format(axis="y", useOffset=False)
+    figure.axes[0].set_ylabel("bound (nats)")
+    return figure
 
 
 def plot_calibration(calibration: Calibration, figure: Figure | None = None) -> Figure:

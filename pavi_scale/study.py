@@ -24,6 +24,7 @@ from pavi_scale.reduced import Reduced, Value, read
 
 CANDIDATES = 16  # draws of a unit among which one is picked by importance weight
 RESAMPLE_LIMIT = 2_000_000
+LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
 Encoding = str | Mapping[object, str]
 
@@ -94,8 +95,7 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
     check_supports(graph, cohort)
     cardinality = cohort.layout.cardinality
     schemes = schemes_of(encoding, make_blocks(graph), graph.model.plates)
-    forced = frozenset(frozenset(b.plates) for b in make_blocks(graph) if schemes[b.name] == "free")
-    free = choose_free(graph, cardinality, forced)
+    free = choose_free(graph, cardinality)
     for block in make_blocks(graph, free):
         if block.free and schemes[block.name] in ("encoder", "hybrid"):
             raise InputError("this block cannot have the scheme: its pool of data is not local", where=f"encoding of {block.name!r}", expected="'auto' or 'free'", got=schemes[block.name])
@@ -114,8 +114,8 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
     for c in guide.components:
         if not c.tree and coordinates(c, cardinality) > 4 * DENSE_LIMIT:
             raise PlanRefused("a crossed component is too large to be solved at once", where=c.name, expected=f"at most {4 * DENSE_LIMIT:,} coordinates", got=f"{coordinates(c, cardinality):,}", remedy="give its coarsest plates encoding='free'")
-    trained = tuple(b.name for b in guide.blocks if schemes[b.name] in ("encoder", "hybrid"))
-    kinds = {b.name: schemes[b.name] if schemes[b.name] in ("encoder", "hybrid") else "likelihood" for b in guide.blocks if not b.free}
+    trained = tuple(b.name for b in guide.blocks if schemes[b.name] in LEARNED and not b.free)
+    kinds = {b.name: schemes[b.name] if schemes[b.name] in LEARNED else "likelihood" for b in guide.blocks if not b.free}
     settings = Settings(
         tuple(tuple(sorted(f)) for f in sorted(free, key=sorted)), kinds, structure, split, path, threads, plan.cache_bytes, plan.chunk,
     )

@@ -82,7 +82,7 @@ class Corrections(nn.Module):
 
     Args:
         components: Components of the guide; only their resampled blocks have a correction.
-        schemes: Block name -> "likelihood", "encoder" or "hybrid"; blocks not named have no correction.
+        schemes: Block name -> "likelihood", "encoder", "hybrid" or "free"; blocks not named have no correction.
         reduced: A reduced model, for the sizes of the data.
     """
 

@@ -46,7 +46,7 @@ def demo(args: argparse.Namespace) -> None:
             print(f"run {args.run} is there already: it goes on where it stopped")
             posterior = ps.resume(args.run, client=client)
         else:
-            posterior = ps.fit(hcp.model, args.cohort, run=args.run, seed=args.seed, client=client, memory=args.memory)
+            posterior = ps.fit(hcp.model, args.cohort, run=args.run, seed=args.seed, client=client, memory=args.memory, max_time=args.max_time)
     print(posterior)
     truth = xr.open_zarr(args.cohort, group="truth", consolidated=False)
     # Networks are numbered arbitrarily: number the truth as the fit does.
@@ -56,6 +56,7 @@ def demo(args: argparse.Namespace) -> None:
         query(posterior)
     with timed("report"):
         page = ps.report(posterior, truth=truth, figures=pictures(posterior, truth))
+        figures.collage(page.parent, ("elbo", "fingerprints", "calibration", "parcellation"), page.parent / "overview.png")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"report: {page}")
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--memory", default="900 MiB", help="of each process (%(default)s)")
+    parser.add_argument("--max-time", type=float, help="seconds after which training stops (default: when it has converged)")
     parser.add_argument("--cohort", help="Zarr store of the cohort (simulate: data/hcp.zarr; demo: runs/hcp-demo/cohort.zarr)")
     parser.add_argument("--run", default="runs/hcp-demo/run", help="run directory of the demo (%(default)s)")
     args = parser.parse_args()

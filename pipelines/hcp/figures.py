@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from scipy.optimize import linear_sum_assignment
 
 from pipelines.hcp.simulate import sphere
@@ -39,9 +43,22 @@ def parcellation(axes: Axes, label: np.ndarray, title: str) -> None:
     points = sphere(len(label))
     for side in (1, -1):
         seen = side * points[:, 1] < 0
-        axes.scatter(side * (points[seen, 0] + 1.1), points[seen, 2], color=COLOURS(label[seen]), s=1.5, lw=0, rasterized=True)
+        axes.scatter(side * (points[seen, 0] + 1.1), points[seen, 2], color=COLOURS(label[seen]), s=2.5, lw=0, rasterized=True)
     axes.set(title=title, aspect="equal")
     axes.set_axis_off()
+
+
+def collage(folder: Path, names: Sequence[str], out: Path) -> None:
+    """Pictures of a report, joined into one: the last one across the page, the others in a row above it."""
+    pictures = [imread(folder / f"{name}.png") for name in names]
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    grid = figure.add_gridspec(2, len(names) - 1, height_ratios=(3, 5))
+    for column, picture in enumerate(pictures[:-1]):
+        figure.add_subplot(grid[0, column]).imshow(picture)
+    figure.add_subplot(grid[1, :]).imshow(pictures[-1])
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.savefig(out, dpi=110)
 
 
 def maps(labels: dict[str, np.ndarray]) -> Figure:

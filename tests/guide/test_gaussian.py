@@ -1,5 +1,7 @@
 """Gaussian elimination against the joint Gaussian of all ground variables, built unit by unit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,8 +119,6 @@ def test_log_density_of_a_draw_is_what_drawing_it_said(name):
 
 def test_newton_search_agrees_with_the_closed_solution(name):
     # The iterative search, which non-Gaussian laws use, must land on the same mode.
-    from dataclasses import replace
-
     study = oracle.computation(name)
     reduced = oracle.whole(study)
     root = study.space.values(torch.as_tensor(oracle.POINTS))
