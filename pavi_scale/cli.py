@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from distributed import Client
 
 from pavi_scale.cohort import open_cohort
 from pavi_scale.cohort.truth import open_truth
@@ -71,7 +70,7 @@ def _fail(error: PaviError) -> None:
 
 
 @contextlib.contextmanager
-def _client(study: Study) -> Iterator[Client | None]:
+def _client(study: Study) -> Iterator[Any]:
     if study.cluster is None:
         yield None
         return

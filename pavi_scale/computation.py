@@ -253,7 +253,7 @@ class StudyComputation:
             )
             bounds.append(value.detach().to(torch.float64).numpy())
             if gradient:
-                grads.append(torch.autograd.grad(value.sum(), z)[0].to(torch.float64).numpy() if value.requires_grad else np.zeros(z.shape))
+                grads.append(torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)[0].to(torch.float64).numpy() if value.requires_grad else np.zeros(z.shape))
         out = {"bound": np.concatenate(bounds)}
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
 

@@ -113,7 +113,8 @@ def local_elbo(
                 total = total - (log_q[block.name] * reduced.weights(block.plates).flatten()).sum(1)
     for v in guide.graph.model.of_kind("latent", "observed"):
         if (v.plates or v.kind == "observed") and guide.counted(reduced, v.plates, split, first):
-            total = total + (reduced.log_prob(v.name, values) * reduced.weights(v.plates)).flatten(1).sum(1)
+            term = reduced.log_prob(v.name, values) * reduced.weights(v.plates)
+            total = total + term.reshape(term.shape[0], -1).sum(1)
     return total
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,4 +119,4 @@ class Reduced:
 def read(graph: Graph, selection: Selection, names: Sequence[str], source: object) -> dict[str, Tensor]:
     """Data of `names` on the selected units, from anything with `read(name, units)` (a `Cohort`)."""
     reader = source.read  # type: ignore[attr-defined]
-    return {n: torch.from_numpy(reader(n, {p: selection.units[p] for p in graph.model.variables[n].plates})) for n in names}
+    return {n: torch.as_tensor(np.asarray(reader(n, {p: selection.units[p] for p in graph.model.variables[n].plates}))) for n in names}

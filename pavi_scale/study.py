@@ -22,7 +22,8 @@ from pavi_scale.model.density import Graph
 from pavi_scale.planning import Plan, make_plan
 from pavi_scale.reduced import Reduced, Value, read
 
-CANDIDATES = 16  # draws of a unit among which one is picked by importance weight
+CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
+CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
 LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
@@ -103,7 +104,8 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
     for component in make_components(graph, make_blocks(graph, free)):
         # Candidates cost as many evaluations of the laws; past a few million coordinates only the Gaussian core is used.
         worth = component.tree and not structure[component.name]["quadratic"] and coordinates(component, cardinality) <= RESAMPLE_LIMIT and not free
-        structure[component.name]["candidates"] = CANDIDATES if worth else 0
+        count = coordinates(component, cardinality)
+        structure[component.name]["candidates"] = int(np.clip(CANDIDATE_BUDGET // max(count, 1), *CANDIDATES)) if worth else 0
     guide = Guide(graph, free, structure)
     path = "float32" if free else "float64"
     split = split_plate(graph.model, cohort.layout, guide.components)

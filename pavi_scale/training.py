@@ -28,6 +28,7 @@ from pavi_scale.server.protocol import Engine
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
+FULL_RANK = 40  # root coordinates up to which free-row training couples them
 WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
 
 
@@ -87,7 +88,7 @@ class Trainer:
         self.seconds_per_point = (time.monotonic() - began) / len(points)
         if not gradient:
             return value, None
-        (own,) = torch.autograd.grad(prior.sum(), z) if prior.requires_grad else (torch.zeros_like(z),)
+        (own,) = torch.autograd.grad(prior.sum(), z, allow_unused=True, materialize_grads=True) if prior.requires_grad else (torch.zeros_like(z),)
         return value, own.numpy() + sum(a["gradient"] for a in answers)
 
     def tell(self, stage: str, value: float) -> None:
@@ -251,7 +252,9 @@ class Trainer:
         return self._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, schedule.levelled, math.nan)
 
     def _adam(self, scale: np.ndarray) -> Adam:
-        return Adam(rate=0.05, scale={"root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * 0.3)})
+        # Adam's first steps are all of the same length: hundreds of off-diagonal entries in a row of L would drown the diagonal.
+        coupling = 0.1 / len(scale) if 0 < len(scale) <= FULL_RANK else 0.0
+        return Adam(rate=0.05, scale={"root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * coupling)})
 
     def _initial(self, root: np.ndarray, scale: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         study = self.study

@@ -12,12 +12,21 @@ from pavi_scale.guide import make_blocks, make_components
 from pavi_scale.plates import Layout, Plate
 from tests.guide import oracle
 
-PLATES = {p.name: p for p in (Plate("region"), Plate("county", within="region"), Plate("house", within="county"), Plate("year"), Plate("visit", within=("house", "year")))}
+PLATES = {
+    p.name: p
+    for p in (Plate("region"), Plate("county", within="region"), Plate("house", within="county"), Plate("year"), Plate("visit", within=("house", "year")))
+}
 
 
 @st.composite
 def layouts(draw):
-    n = {"region": draw(st.integers(1, 4)), "county": draw(st.integers(1, 5)), "house": draw(st.integers(1, 6)), "year": draw(st.integers(1, 4)), "visit": draw(st.integers(1, 8))}
+    n = {
+        "region": draw(st.integers(1, 4)),
+        "county": draw(st.integers(1, 5)),
+        "house": draw(st.integers(1, 6)),
+        "year": draw(st.integers(1, 4)),
+        "visit": draw(st.integers(1, 8)),
+    }
     index = {(c, p): np.array(draw(st.lists(st.integers(0, n[p] - 1), min_size=n[c], max_size=n[c])), dtype=np.int64) for c in PLATES for p in PLATES[c].within}
     return Layout(PLATES, n, index)
 
@@ -91,8 +100,13 @@ def test_shards_partition_the_cohort(layout, per_shard):
 
 
 SPLITS = {
-    "ragged": ({"county", "extra"}, "county"), "two_latents": ({"group"}, "group"), "three_levels": ({"region"}, "region"), "dense_events": ({"subject"}, "subject"),
-    "crossed": (set(), None), "crossed_events": ({"g"}, "g"), "swapped_axes": ({"county", "year"}, "year"),
+    "ragged": ({"county", "extra"}, "county"),
+    "two_latents": ({"group"}, "group"),
+    "three_levels": ({"region"}, "region"),
+    "dense_events": ({"subject"}, "subject"),
+    "crossed": (set(), None),
+    "crossed_events": ({"g"}, "g"),
+    "swapped_axes": ({"county", "year"}, "year"),
 }
 
 

@@ -121,6 +121,7 @@ def _with_free(name, *free):
 
 def _fixed_noise(study, selection):
     """Normals that belong to ground units, whichever selection they are asked for in."""
+
     def noise(block, shape):
         n = int(np.prod([study.layout.cardinality[p] for p in block.plates]))
         table = np.random.default_rng(len(block.name)).normal(size=(n, *shape[2:]))
@@ -169,7 +170,9 @@ def test_gradient_of_the_reduced_elbo_averages_to_the_full_one():
         loc, raw = torch.zeros(2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
         blocks = {b.name: b for b in study.guide.blocks}
         sites = {k[5:]: tuple(t[flat_positions(study.layout, selection, blocks[k[5:]])].chunk(2, -1)) for k, t in table.items()}
-        value = reduced_elbo(study.guide, study.reduced(selection), study.space, Weights(loc, raw, sites), torch.tensor([[0.3, -0.2]]), _fixed_noise(study, selection))
+        value = reduced_elbo(
+            study.guide, study.reduced(selection), study.space, Weights(loc, raw, sites), torch.tensor([[0.3, -0.2]]), _fixed_noise(study, selection)
+        )
         return torch.cat([g.flatten() for g in torch.autograd.grad(value.sum(), [loc, raw, *table.values()])]).detach().numpy()
 
     full = gradient(Selection.whole(study.layout))
@@ -194,7 +197,10 @@ def test_elbo_is_the_evidence_when_the_root_too_is_exact():
     s0, s1, sx, groups, n = 0.5, 0.8, 0.3, 4, 3
     x = rng.normal(size=(groups, n))
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), mu=ps.latent(lambda: Normal(0.0, s0)), theta=ps.latent(lambda mu: Normal(mu, s1), plates="group"),
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        mu=ps.latent(lambda: Normal(0.0, s0)),
+        theta=ps.latent(lambda mu: Normal(mu, s1), plates="group"),
         x=ps.observed(lambda theta: Normal(theta, sx), plates=("group", "obs")),
     )
     study = oracle.compute(model, xr.Dataset({"x": (("group", "obs"), x)}))
@@ -219,8 +225,12 @@ def test_elbo_is_the_evidence_when_the_root_too_is_exact():
 
 def _bernoulli(missing):
     return ps.Model(
-        ps.Plate("group"), ps.Plate("obs", within="group"), mu=ps.latent(lambda: Normal(0.0, 1.0)), w=ps.covariate(plates="obs"),
-        t=ps.latent(lambda mu: Normal(mu, 1.0), plates="group"), y=ps.observed(lambda t, w: Bernoulli(logits=t + w), plates="obs", missing="mask" if missing else None),
+        ps.Plate("group"),
+        ps.Plate("obs", within="group"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        w=ps.covariate(plates="obs"),
+        t=ps.latent(lambda mu: Normal(mu, 1.0), plates="group"),
+        y=ps.observed(lambda t, w: Bernoulli(logits=t + w), plates="obs", missing="mask" if missing else None),
     )
 
 
@@ -231,7 +241,9 @@ def test_masked_entries_count_as_rows_that_are_not_there():
     gone[group == 0] = np.arange(5) > 0
 
     def cohort(keep, y):
-        return xr.Dataset({"y": ("obs", y[keep]), "w": ("obs", w[keep]), "obs_group": ("obs", group[keep], {"instance_dimension": "group"}), "g": ("group", np.zeros(4))})
+        return xr.Dataset(
+            {"y": ("obs", y[keep]), "w": ("obs", w[keep]), "obs_group": ("obs", group[keep], {"instance_dimension": "group"}), "g": ("group", np.zeros(4))}
+        )
 
     masked = oracle.compute(_bernoulli(True), cohort(np.full(20, True), np.where(gone, np.nan, y)))
     dropped = oracle.compute(_bernoulli(False), cohort(~gone, y))

@@ -70,6 +70,7 @@ def test_log_determinant_is_that_of_autograds_jacobian(name):
     support, shape = SUPPORTS[name]
     link = make_link(support, shape, "x")
     for z in torch.randn(4, *link.base_shape):
+
         def flat(v, link=link, support=support):
             return _free_coordinates(support, link.forward(v.reshape(link.base_shape)))
 

@@ -8,9 +8,20 @@ from pavi_scale.errors import InputError
 from pavi_scale.memory import format_bytes, parse_bytes
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("4 GiB", 4 * 2**30), ("500MB", 500 * 10**6), ("1.5 kib", 1536), (".5 GB", 5 * 10**8), ("12", 12), ("12 b", 12), (" 2TiB ", 2 * 2**40), (1000, 1000), (2.0, 2),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4 GiB", 4 * 2**30),
+        ("500MB", 500 * 10**6),
+        ("1.5 kib", 1536),
+        (".5 GB", 5 * 10**8),
+        ("12", 12),
+        ("12 b", 12),
+        (" 2TiB ", 2 * 2**40),
+        (1000, 1000),
+        (2.0, 2),
+    ],
+)
 def test_sizes_are_read(text, value):
     assert parse_bytes(text) == value
 

@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 from pavi_scale.errors import ModelError
 from pavi_scale.plates import Layout, Plate, Selection, ancestors
 
-PLATES = {p.name: p for p in (
-    Plate("region"), Plate("county", within="region"), Plate("house", within="county"), Plate("year"), Plate("visit", within=("house", "year")),
-)}
+PLATES = {
+    p.name: p
+    for p in (
+        Plate("region"),
+        Plate("county", within="region"),
+        Plate("house", within="county"),
+        Plate("year"),
+        Plate("visit", within=("house", "year")),
+    )
+}
 
 
 @st.composite

@@ -17,7 +17,9 @@ from pavi_scale.posterior.sampler import Latent, fetch
 from pavi_scale.sampling import GuideSampler, shard_length
 from tests.guide import oracle
 
-RNG = np.random.default_rng(0)
+
+def _rng():
+    return np.random.default_rng(0)
 
 
 def _index(child, parent, positions):
@@ -26,29 +28,42 @@ def _index(child, parent, positions):
 
 def _bernoulli():
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs", within="group"), mu=ps.latent(lambda: Normal(0.0, 1.0)), s=ps.latent(lambda: Normal(0.0, 1.0)),
-        t=ps.latent(lambda mu, s: Normal(mu, s.exp()), plates="group"), y=ps.observed(lambda t: Bernoulli(logits=t), plates="obs"),
+        ps.Plate("group"),
+        ps.Plate("obs", within="group"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        s=ps.latent(lambda: Normal(0.0, 1.0)),
+        t=ps.latent(lambda mu, s: Normal(mu, s.exp()), plates="group"),
+        y=ps.observed(lambda t: Bernoulli(logits=t), plates="obs"),
     )
-    return model, xr.Dataset({"y": ("obs", RNG.integers(0, 2, 20).astype(float)), **_index("obs", "group", np.repeat(np.arange(5), 4))})
+    return model, xr.Dataset({"y": ("obs", _rng().integers(0, 2, 20).astype(float)), **_index("obs", "group", np.repeat(np.arange(5), 4))})
 
 
 def _poisson():
     model = ps.Model(
-        ps.Plate("region"), ps.Plate("county", within="region"), ps.Plate("house", within="county"), mu=ps.latent(lambda: Normal(0.0, 1.0)), s=ps.latent(lambda: Normal(0.0, 1.0)),
-        r=ps.latent(lambda mu: Normal(mu, 1.0), plates="region"), c=ps.latent(lambda r, s: Normal(r, s.exp()), plates="county"),
+        ps.Plate("region"),
+        ps.Plate("county", within="region"),
+        ps.Plate("house", within="county"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        s=ps.latent(lambda: Normal(0.0, 1.0)),
+        r=ps.latent(lambda mu: Normal(mu, 1.0), plates="region"),
+        c=ps.latent(lambda r, s: Normal(r, s.exp()), plates="county"),
         y=ps.observed(lambda c: Poisson(c.exp()), plates="house"),
     )
     county, house = np.array([0, 1, 1, 2]), np.array([0, 0, 1, 2, 2, 3])
-    return model, xr.Dataset({"y": ("house", RNG.poisson(4, 6).astype(float)), **_index("county", "region", county), **_index("house", "county", house)})
+    return model, xr.Dataset({"y": ("house", _rng().poisson(4, 6).astype(float)), **_index("county", "region", county), **_index("house", "county", house)})
 
 
 def _crossed():
     model = ps.Model(
-        ps.Plate("student"), ps.Plate("item"), mu=ps.latent(lambda: Normal(0.0, 1.0)), s=ps.latent(lambda: Normal(0.0, 1.0)),
-        a=ps.latent(lambda mu, s: Normal(mu, s.exp()), plates="student"), b=ps.latent(lambda: Normal(0.0, 1.0), plates="item"),
+        ps.Plate("student"),
+        ps.Plate("item"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        s=ps.latent(lambda: Normal(0.0, 1.0)),
+        a=ps.latent(lambda mu, s: Normal(mu, s.exp()), plates="student"),
+        b=ps.latent(lambda: Normal(0.0, 1.0), plates="item"),
         y=ps.observed(lambda a, b: Bernoulli(logits=a - b), plates=("student", "item")),
     )
-    return model, xr.Dataset({"y": (("student", "item"), RNG.integers(0, 2, (4, 3)).astype(float))})
+    return model, xr.Dataset({"y": (("student", "item"), _rng().integers(0, 2, (4, 3)).astype(float))})
 
 
 OTHERS = {"bernoulli": _bernoulli, "poisson, three levels": _poisson, "bernoulli, crossed": _crossed}
@@ -62,7 +77,11 @@ def _sampler(name, chunk=None):
     if chunk:
         study = StudyComputation(study.graph, study.cohort, replace(study.settings, chunk=chunk))
     points = np.random.default_rng(1).normal(size=(7, 2))
-    return GuideSampler(study, {"pool/points": points, "pool/weight": np.array([0.1, 0.3, 0.05, 0.05, 0.2, 0.2, 0.1]), "root/loc": np.zeros(2), "root/raw": np.zeros((2, 2))}, base=3)
+    return GuideSampler(
+        study,
+        {"pool/points": points, "pool/weight": np.array([0.1, 0.3, 0.05, 0.05, 0.2, 0.2, 0.1]), "root/loc": np.zeros(2), "root/raw": np.zeros((2, 2))},
+        base=3,
+    )
 
 
 def _names(sampler):
@@ -117,6 +136,11 @@ def test_draws_do_not_depend_on_how_many_are_computed_at_once(name, chunk):
         np.testing.assert_allclose(value, _whole(name)[n], rtol=1e-9, atol=1e-9)
 
 
+def test_a_unit_with_nothing_below_it_can_be_asked_for_alone():
+    found = _sampler("ragged").draw(["alpha"], np.arange(DRAWS), {"county": np.array([2])})
+    np.testing.assert_allclose(found["alpha"], _whole("ragged")["alpha"][:, 2:3], rtol=1e-9)
+
+
 def test_another_seed_is_another_stream_and_the_same_seed_the_same():
     sampler = _sampler("three_levels")
     other = sampler.with_seed(1).draw(["r", "h"], np.arange(DRAWS), {})
@@ -168,15 +192,23 @@ def _pvalue(draws, mean, cov):
 def test_elbo_of_the_exact_guide_is_the_evidence_without_error():
     s0, s1, sx, n = 0.5, 0.8, 0.3, np.array([3, 1, 4])
     group = np.repeat(np.arange(3), n)
-    x = RNG.normal(size=len(group))
+    x = _rng().normal(size=len(group))
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs", within="group"), mu=ps.latent(lambda: Normal(0.0, s0)), theta=ps.latent(lambda mu: Normal(mu, s1), plates="group"),
+        ps.Plate("group"),
+        ps.Plate("obs", within="group"),
+        mu=ps.latent(lambda: Normal(0.0, s0)),
+        theta=ps.latent(lambda mu: Normal(mu, s1), plates="group"),
         x=ps.observed(lambda theta: Normal(theta, sx), plates="obs"),
     )
     study = oracle.compute(model, xr.Dataset({"x": ("obs", x), **_index("obs", "group", group)}))
     v, mean = s1**2 + sx**2 / n, np.bincount(group, x) / n
     precision = 1 / s0**2 + (1 / v).sum()
-    state = {"pool/points": np.zeros((1, 1)), "pool/weight": np.ones(1), "root/loc": np.array([(mean / v).sum() / precision]), "root/raw": np.array([[-0.5 * np.log(precision)]])}
+    state = {
+        "pool/points": np.zeros((1, 1)),
+        "pool/weight": np.ones(1),
+        "root/loc": np.array([(mean / v).sum() / precision]),
+        "root/raw": np.array([[-0.5 * np.log(precision)]]),
+    }
     same = group[:, None] == group
     evidence = stats.multivariate_normal(np.zeros(len(x)), s0**2 + s1**2 * same + sx**2 * np.eye(len(x))).logpdf(x)
     for chunk in (1, 1 << 18):

@@ -19,6 +19,7 @@ from pavi_scale.model.density import Aligned
 from pavi_scale.reduced import Reduced, Value
 
 MAX_ITERATIONS = 40
+ENCODING_ITERATIONS = 3  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
 ROUGH_ITERATIONS = 12
 Coordinates = dict[str, Tensor]
 
@@ -272,17 +273,17 @@ class LocalModel:
         value = self.reduced.log_prob(factor.variable, self.given, given).flatten(1) + jacobian
         return value.expand(self.particles, -1), copies
 
-    def products(self, factor: Factor, z: Mapping[str, Tensor], signs: Tensor | None) -> dict[Pair, Tensor]:
-        """Hessian of one law times a vector of ones, or of event-wise signs `[C]`, per pair of blocks, `[K, n_f, C, e]`."""
+    def products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:
+        """Hessian of one law times a vector of ones, or an event-wise vector `[C]`, per pair of blocks, `[K, n_f, C, e]`."""
         with torch.enable_grad():
-            return self._signed_products(factor, z, signs)
+            return self._traced_products(factor, z, vector)
 
-    def _signed_products(self, factor: Factor, z: Mapping[str, Tensor], signs: Tensor | None) -> dict[Pair, Tensor]:
+    def _traced_products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:
         value, copies = self._copies(factor, z, False)
         first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=True, materialize_grads=True)
         out: dict[Pair, Tensor] = {}
         for a, g in zip(copies, first, strict=True):
-            seed = (g if signs is None else g * signs[:, None]).sum()
+            seed = (g if vector is None else g * vector[:, None]).sum()
             if seed.requires_grad:
                 second = torch.autograd.grad(seed, list(copies.values()), retain_graph=True, materialize_grads=True)
                 out.update({(b, a): h for b, h in zip(copies, second, strict=True)})
@@ -353,16 +354,17 @@ class LocalModel:
         z = self.start()
         if self.component.rough:
             return self._rough_mode(z), ROUGH_ITERATIONS
-        tolerance = 1e-5 if self.reduced.dtype == torch.float32 else 1e-9
+        rough_is_enough = self.reduced.dtype == torch.float32
+        tolerance, limit = (1e-3, ENCODING_ITERATIONS) if rough_is_enough else (1e-9, MAX_ITERATIONS)
         previous: Expansion | None = None
         scale: Tensor | None = None
         at = z
-        for iteration in range(MAX_ITERATIONS):
+        for iteration in range(limit):
             expansion = self.expand(z, differentiable=False)
             if previous is not None and scale is not None:
                 # Units whose log joint fell (or is not finite) go back and try a quarter of the step.
                 worse = ~(expansion.value >= previous.value - 1e-7 * (1 + previous.value.abs()))
-                if bool(worse.any()) and iteration < MAX_ITERATIONS - 1:
+                if bool(worse.any()) and iteration < limit - 1:
                     scale = torch.where(worse, 0.25 * scale, scale)
                     z = self._move(at, previous.gaussian.step, scale)
                     if float(scale.min()) > 1e-6:
@@ -373,7 +375,7 @@ class LocalModel:
             at, previous = z, expansion
             scale = torch.ones_like(expansion.value)
             z = self._move(at, expansion.gaussian.step, scale)
-        return z, MAX_ITERATIONS
+        return z, limit
 
     def _rough_mode(self, z: Coordinates) -> Coordinates:
         """Fixed point of averaged Newton steps, each at most three widths long; widths follow the conditional sds of the curvature."""

@@ -24,21 +24,23 @@ Pair = tuple[str, str]
 
 
 def factorise(precision: Tensor) -> Tensor:
-    """Lower Cholesky factor of `[..., e, e]`; where it is not positive definite the spectrum is lifted first.
+    """Lower Cholesky factor of `[..., e, e]`; where it is not positive definite, of the matrix with absolute eigenvalues.
 
-    The lift is a constant for differentiation: it only guards the far-from-mode iterations and non-concave laws.
+    (Saddle-free Newton, Dauphin et al. 2014: steps stay as long as the curvature says, whatever its sign.) Such a matrix is a constant for
+    differentiation: it only guards iterations far from the mode and laws that are not log-concave.
     """
     e = precision.shape[-1]
     if e == 1:
-        return precision.clamp_min(_floor(precision)).sqrt()
+        return torch.where(precision > _floor(precision), precision, precision.detach().abs().clamp_min(_floor(precision))).sqrt()
     factor, info = torch.linalg.cholesky_ex(precision)
-    if bool((info > 0).any()) or not bool(torch.isfinite(factor).all()):
+    bad = (info > 0) | ~torch.isfinite(factor).all(-1).all(-1)
+    if bool(bad.any()):
         with torch.no_grad():
-            safe = torch.nan_to_num(precision)
-            values = torch.linalg.eigvalsh(safe)
-            target = (1e-3 * values[..., -1].abs()).clamp_min(1e-6)
-            lift = torch.where(values[..., 0] < target, target - values[..., 0], torch.zeros_like(target))
-        factor = torch.linalg.cholesky_ex(torch.nan_to_num(precision) + lift[..., None, None] * torch.eye(e, dtype=precision.dtype, device=precision.device))[0]
+            values, vectors = torch.linalg.eigh(torch.nan_to_num(precision))
+            size = values.abs()
+            lifted = torch.maximum(size, 0.1 * size.amax(-1, keepdim=True)).clamp_min(_floor(precision))
+            safe = (vectors * lifted[..., None, :]) @ vectors.mT
+        factor = torch.linalg.cholesky_ex(torch.where(bad[..., None, None], safe, precision))[0]
     return factor
 
 
@@ -183,13 +185,13 @@ def factorise_dense(component: Component, terms: list[tuple[Pair, Tensor | None,
     k, _, c, _ = any_gradient.shape
     flat = any_gradient.new_zeros(k * c, total * total)
     for (a, b), at_a, at_b, value in terms:
-        kk, n, cc, ea, eb = value.shape
+        _, n, cc, ea, eb = value.shape
         unit_a = torch.arange(n, device=value.device) if at_a is None else at_a
         unit_b = torch.arange(n, device=value.device) if at_b is None else at_b
         row = starts[a] + unit_a[:, None] * sizes[a][1] + torch.arange(ea, device=value.device)
         column = starts[b] + unit_b[:, None] * sizes[b][1] + torch.arange(eb, device=value.device)
         where = row[:, :, None] * total + column[:, None, :]
-        source = value.transpose(1, 2).reshape(kk * cc, -1)
+        source = value.expand(k, *value.shape[1:]).transpose(1, 2).reshape(k * cc, -1)
         flat = flat.index_add(1, where.flatten(), source)
         if a != b:
             mirror = column[:, None, :] * total + row[:, :, None]

@@ -58,19 +58,20 @@ class Guide:
         """sum_n L_n(root) over the shard, `[K]`.
 
         Quadratic components give their exact log marginal. Others give the Laplace value; those of a single block the importance-weighted bound
-        log 1/M sum_m p/q per unit if `samples` = M is not zero. With `bound`, other components too give a lower bound, not the Laplace value.
+        log 1/M sum_m p/q per unit if `samples` = M is not zero. With `bound`, every component is drawn and judged by its laws.
         """
         total = torch.zeros(particles, dtype=reduced.dtype)
         for v in self.plain:
             if self.counted(reduced, v.plates, split, first):
                 term = reduced.log_prob(v.name, root) * reduced.weights(v.plates)
-                total = total + term.flatten(1).sum(1)
+                total = total + term.reshape(term.shape[0], -1).sum(1)
         for component in self.components:
             if not self.counted(reduced, component.blocks[-1].plates, split, first):
                 continue
             local = LocalModel(component, reduced, root, {}, particles)
             core = fit_core(local, differentiable=differentiable)
-            if component.quadratic or not samples or noise is None or not (component.weighted or bound):
+            honest = bound or (component.weighted and samples)
+            if noise is None or not honest:
                 total = total + core.log_marginal(weights(core))
             else:
                 total = total + component_bound(core, noise, samples if component.resampled else 1, corrections)
@@ -88,7 +89,7 @@ def weights(core: Core) -> Tensor:
 def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, Any]]:
     """Find, numerically on a small selection, which components are element-wise over events, and which are quadratic.
 
-    Element-wise: with random signs s, H (s 1) = s (H 1) for every law. Quadratic: the curvature does not move with the point.
+    Element-wise: with a random vector v over the events, H v = v (H 1) for every law. Quadratic: the curvature does not move with the point.
 
     Args:
         graph: The model.
@@ -104,7 +105,7 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
         trial = [component]
         if len(size) == 1 and len(shapes) == 1 and size != {1}:
             trial = [replace(component, elementwise=True)]
-            if not all(_signs_agree(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws):
+            if not all(_separate(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws):
                 trial = [component]
         if trial[0].elementwise or sum(b.dim for b in component.blocks) <= 64:
             quadratic = all(_curvature_fixed(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws)
@@ -120,15 +121,15 @@ def _points(local: LocalModel, seed: int) -> dict[str, Tensor]:
     return {b: z + 0.7 * torch.randn(z.shape, generator=generator, dtype=z.dtype) for b, z in local.start().items()}
 
 
-def _signs_agree(local: LocalModel) -> bool:
+def _separate(local: LocalModel) -> bool:
     z = _points(local, 0)
     generator = torch.Generator().manual_seed(1)
     for factor in local.component.factors:
-        signs = (2.0 * torch.randint(0, 2, (local.component.shape(local.component.blocks[0])[0],), generator=generator) - 1.0).to(local.reduced.dtype)
-        plain, signed = local.products(factor, z, None), local.products(factor, z, signs)
+        vector = torch.randn(local.component.shape(local.component.blocks[0])[0], generator=generator, dtype=local.reduced.dtype)
+        plain, along = local.products(factor, z, None), local.products(factor, z, vector)
         for pair, product in plain.items():
-            scale = product.abs().max().clamp_min(1e-12)
-            if float((product * signs[:, None] - signed[pair]).abs().max() / scale) > 1e-8:
+            scale = torch.maximum(product.abs().max(), along[pair].abs().max()).clamp_min(1e-12)
+            if float((product * vector[:, None] - along[pair]).abs().max() / scale) > 1e-8:
                 return False
     return True
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Multinomial
 from torch.distributions.constraints import Constraint
 
 from pavi_scale.errors import ModelError
 from pavi_scale.links import Link, make_link
+from pavi_scale.model.promote import Promote
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Selection, ancestors
 
@@ -75,7 +76,15 @@ class Graph:
         self.event_sizes = dict(event_sizes)
         self.links: dict[str, Link] = {}
         self.supports: dict[str, Constraint | None] = {}
-        self._inspect(example or {})
+        self.promote = False
+        try:
+            self._inspect(example or {})
+        except (ModelError, RuntimeError) as error:
+            if "dtype" not in str(error):
+                raise
+            self.promote = True  # a law captured single-precision tensors
+            with Promote():
+                self._inspect(example or {})
 
     def shape(self, v: Variable) -> tuple[int, ...]:
         """Event shape of one ground unit."""
@@ -138,12 +147,12 @@ class Graph:
 
         def unit(x: Tensor, keep: Tensor | None, *given: Tensor) -> Tensor:
             law = expanded(law_of(**dict(zip(names, given, strict=True))), shape, where)
-            out = law.log_prob(x)
+            out = log_prob_of(law, x)
             if keep is not None:  # a law with event dimensions of its own counts only where all of them are observed
                 out = out * (keep.flatten(out.ndim).amin(-1) if keep.ndim > out.ndim else keep)
             return out.sum()
 
-        return _over_units(unit, v.plates, [value, mask, *parents.values()])
+        return _over_units(unit, v.plates, [value, mask, *parents.values()], self.promote)
 
     def prior_mean(self, v: Variable, parents: Mapping[str, Aligned]) -> Tensor:
         """Unconstrained image of the conditional prior's mean, `[K, *plates, *base_shape]`; zero where it has none."""
@@ -159,11 +168,11 @@ class Graph:
             except NotImplementedError:
                 return torch.full(shape, math.nan)
 
-        z = link.inverse(_over_units(unit, v.plates, list(parents.values())))
+        z = link.inverse(_over_units(unit, v.plates, list(parents.values()), self.promote))
         return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _over_units(unit: Callable[..., Tensor], plates: tuple[str, ...], inputs: list[Aligned | None]) -> Tensor:
+def _over_units(unit: Callable[..., Tensor], plates: tuple[str, ...], inputs: list[Aligned | None], promote: bool = False) -> Tensor:
     """Nested vmap of `unit` over the particle axis and the plates; inputs that are None pass as None.
 
     An input's axes are consumed from the left, so the outermost map is the particle axis.
@@ -180,13 +189,20 @@ def _over_units(unit: Callable[..., Tensor], plates: tuple[str, ...], inputs: li
     particles = any(a.particles for a in present)
     if particles:
         function = torch.func.vmap(function, in_dims=tuple(0 if a is not None and a.particles else None for a in inputs))
-    with unvalidated():
+    with unvalidated(), Promote() if promote else contextlib.nullcontext():
         out = function(*(None if a is None else a.value for a in inputs))
     if not particles:
         out = out.unsqueeze(0)
     for depth in sorted(squeeze_back):
         out = out.unsqueeze(depth)
     return out
+
+
+def log_prob_of(law: Distribution, x: Tensor) -> Tensor:
+    """`law.log_prob(x)`, also for the laws whose torch implementation cannot run under vmap."""
+    if isinstance(law, Multinomial):  # it assigns by a boolean mask
+        return torch.lgamma(x.sum(-1) + 1) - torch.lgamma(x + 1).sum(-1) + torch.xlogy(x, law.probs).sum(-1)
+    return law.log_prob(x)
 
 
 def align(value: Tensor, particles: bool, own: tuple[str, ...], target: tuple[str, ...], selection: Selection) -> Aligned:

@@ -43,7 +43,7 @@ def parcellation(axes: Axes, label: np.ndarray, title: str) -> None:
     points = sphere(len(label))
     for side in (1, -1):
         seen = side * points[:, 1] < 0
-        axes.scatter(side * (points[seen, 0] + 1.1), points[seen, 2], color=COLOURS(label[seen]), s=2.5, lw=0, rasterized=True)
+        axes.scatter(side * (points[seen, 0] + 1.1), points[seen, 2], color=COLOURS(label[seen]), s=1.5e5 / len(label), lw=0, rasterized=True)
     axes.set(title=title, aspect="equal")
     axes.set_axis_off()
 

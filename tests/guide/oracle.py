@@ -80,7 +80,6 @@ def _roots():
     return {"mu": ps.latent(lambda: Normal(0.0, 1.0)), "s": ps.latent(lambda: HalfNormal(1.0))}
 
 
-
 def _child(child, parent, positions):
     return {f"{child}_{parent}": ((child,), np.array(positions), {"instance_dimension": parent})}
 
@@ -90,16 +89,25 @@ def ragged():
     county = [0, 0, 0, 1, 3, 3]
     floor = np.array([0.0, 1.0, 1.0, 0.5, -1.0, 0.2])
     model = ps.Model(
-        ps.Plate("county"), ps.Plate("house", within="county"), ps.Plate("extra"), **_roots(),
+        ps.Plate("county"),
+        ps.Plate("house", within="county"),
+        ps.Plate("extra"),
+        **_roots(),
         floor=ps.covariate(plates="house"),
         alpha=ps.latent(lambda mu, s: Normal(mu, s), plates="county"),
         y=ps.observed(lambda alpha, floor, mu: Normal(alpha + mu * floor, 0.7), plates="house"),
         e=ps.observed(lambda mu: Normal(mu, 1.5), plates="extra"),
     )
     rng = np.random.default_rng(1)
-    cohort = xr.Dataset({
-        "floor": ("house", floor), "y": ("house", rng.normal(size=6)), "e": ("extra", rng.normal(size=2)), "area": ("county", np.zeros(4)), **_child("house", "county", county),
-    })
+    cohort = xr.Dataset(
+        {
+            "floor": ("house", floor),
+            "y": ("house", rng.normal(size=6)),
+            "e": ("extra", rng.normal(size=2)),
+            "area": ("county", np.zeros(4)),
+            **_child("house", "county", county),
+        }
+    )
 
     def brute(mu, s):
         g = LinearGaussian()
@@ -128,7 +136,10 @@ def two_latents():
     """Two latents of a block, one the other's parent."""
     group, t = [0, 0, 1, 1, 1, 2], np.array([0.0, 1.0, -1.0, 2.0, 0.5, 1.0])
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs", within="group"), **_roots(), t=ps.covariate(plates="obs"),
+        ps.Plate("group"),
+        ps.Plate("obs", within="group"),
+        **_roots(),
+        t=ps.covariate(plates="obs"),
         a=ps.latent(lambda mu, s: Normal(mu, s), plates="group"),
         b=ps.latent(lambda a: Normal(0.5 * a, 0.7), plates="group"),
         y=ps.observed(lambda a, b, t: Normal(a + b * t, 0.4), plates="obs"),
@@ -151,13 +162,24 @@ def three_levels():
     """Ragged, three levels deep, children that read parents and grandparents."""
     county, house, obs = [0, 0, 1], [0, 0, 1, 2, 2], [0, 1, 1, 2, 3, 4, 4, 4]
     model = ps.Model(
-        ps.Plate("region"), ps.Plate("county", within="region"), ps.Plate("house", within="county"), ps.Plate("obs", within="house"), **_roots(),
+        ps.Plate("region"),
+        ps.Plate("county", within="region"),
+        ps.Plate("house", within="county"),
+        ps.Plate("obs", within="house"),
+        **_roots(),
         r=ps.latent(lambda mu: Normal(mu, 1.0), plates="region"),
         c=ps.latent(lambda r, s: Normal(r, s), plates="county"),
         h=ps.latent(lambda c, r: Normal(c + 0.3 * r, 0.5), plates="house"),
         y=ps.observed(lambda h, c, r: Normal(h + 0.2 * c - 0.4 * r, 0.3), plates="obs"),
     )
-    cohort = xr.Dataset({"y": ("obs", np.random.default_rng(3).normal(size=8)), **_child("county", "region", county), **_child("house", "county", house), **_child("obs", "house", obs)})
+    cohort = xr.Dataset(
+        {
+            "y": ("obs", np.random.default_rng(3).normal(size=8)),
+            **_child("county", "region", county),
+            **_child("house", "county", house),
+            **_child("obs", "house", obs),
+        }
+    )
 
     def brute(mu, s):
         g = LinearGaussian()
@@ -177,7 +199,10 @@ def three_levels():
 def dense_events():
     """Dense plates, event dimension whose coordinates do not interact."""
     model = ps.Model(
-        ps.Plate("subject"), ps.Plate("session"), ps.Plate("obs"), **_roots(),
+        ps.Plate("subject"),
+        ps.Plate("session"),
+        ps.Plate("obs"),
+        **_roots(),
         m=ps.latent(lambda mu, s: Normal(mu, s), plates="subject", dims="f"),
         w=ps.latent(lambda m: Normal(m, 0.6), plates=("subject", "session"), dims="f"),
         x=ps.observed(lambda w: Normal(w, 0.5), plates=("subject", "session", "obs"), dims="f"),
@@ -207,7 +232,9 @@ def _coupled(size, pair):
     covariance[pair] = covariance[pair[::-1]] = 0.8
     factor = np.linalg.cholesky(covariance)
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), **_roots(),
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        **_roots(),
         t=ps.latent(lambda mu: MultivariateNormal(mu.expand(size), scale_tril=torch.tensor(factor, dtype=mu.dtype)), plates="group", dims="d"),
         x=ps.observed(lambda t, s: Normal(t, s), plates=("group", "obs"), dims="d"),
     )
@@ -231,12 +258,23 @@ def crossed():
     """Ratings cross students with lecturers: one dense Gaussian."""
     student, lecturer, slope = [0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 2, 3], np.array([1.0, 0.5, -1.0, 2.0, 1.0, 0.3])
     model = ps.Model(
-        ps.Plate("student"), ps.Plate("lecturer"), ps.Plate("rating", within=("student", "lecturer")), **_roots(), slope=ps.covariate(plates="rating"),
+        ps.Plate("student"),
+        ps.Plate("lecturer"),
+        ps.Plate("rating", within=("student", "lecturer")),
+        **_roots(),
+        slope=ps.covariate(plates="rating"),
         a=ps.latent(lambda mu, s: Normal(mu, s), plates="student"),
         b=ps.latent(lambda: Normal(0.0, 0.8), plates="lecturer"),
         r=ps.observed(lambda a, b, slope: Normal(a + slope * b, 0.5), plates="rating"),
     )
-    cohort = xr.Dataset({"slope": ("rating", slope), "r": ("rating", np.random.default_rng(6).normal(size=6)), **_child("rating", "student", student), **_child("rating", "lecturer", lecturer)})
+    cohort = xr.Dataset(
+        {
+            "slope": ("rating", slope),
+            "r": ("rating", np.random.default_rng(6).normal(size=6)),
+            **_child("rating", "student", student),
+            **_child("rating", "lecturer", lecturer),
+        }
+    )
 
     def brute(mu, s):
         g = LinearGaussian()
@@ -254,7 +292,10 @@ def crossed():
 def crossed_events():
     """Dense crossed plates below a third, with two event coordinates."""
     model = ps.Model(
-        ps.Plate("g"), ps.Plate("a"), ps.Plate("b"), **_roots(),
+        ps.Plate("g"),
+        ps.Plate("a"),
+        ps.Plate("b"),
+        **_roots(),
         u=ps.latent(lambda mu, s: Normal(mu, s), plates="g", dims="f"),
         v=ps.latent(lambda u: Normal(0.5 * u, 0.9), plates=("g", "a"), dims="f"),
         w=ps.latent(lambda: Normal(0.0, 0.6), plates=("b", "g"), dims="f"),
@@ -281,7 +322,10 @@ def swapped_axes():
     """One block whose latents name their plates in different orders, under a ragged plate crossed with a dense one."""
     county = [0, 0, 1]
     model = ps.Model(
-        ps.Plate("county"), ps.Plate("house", within="county"), ps.Plate("year"), **_roots(),
+        ps.Plate("county"),
+        ps.Plate("house", within="county"),
+        ps.Plate("year"),
+        **_roots(),
         p=ps.latent(lambda mu, s: Normal(mu, s), plates=("county", "year")),
         q=ps.latent(lambda p: Normal(-p, 0.5), plates=("year", "county")),
         y=ps.observed(lambda p, q: Normal(p + 2.0 * q, 0.6), plates=("year", "house")),

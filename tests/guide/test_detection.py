@@ -16,8 +16,12 @@ RNG = np.random.default_rng(0)
 
 def _structure(x, likelihood, prior=lambda mu: Normal(mu, 1.0), **more):
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), mu=ps.latent(lambda: Normal(0.0, 1.0)), **more,
-        t=ps.latent(prior, plates="group"), x=ps.observed(likelihood, plates=("group", "obs")),
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        **more,
+        t=ps.latent(prior, plates="group"),
+        x=ps.observed(likelihood, plates=("group", "obs")),
     )
     study = oracle.compute(model, xr.Dataset({"x": (("group", "obs"), x)}))
     (component,) = study.guide.components
@@ -57,14 +61,19 @@ def test_other_models_are_not(name):
     assert not _structure(x, likelihood, **more).quadratic
 
 
-@pytest.mark.parametrize("prior", [lambda mu: StudentT(4.0, mu, 1.0), lambda mu: Laplace(mu, 1.0), lambda mu: LogNormal(mu, 1.0)], ids=["student", "laplace", "lognormal"])
+@pytest.mark.parametrize(
+    "prior", [lambda mu: StudentT(4.0, mu, 1.0), lambda mu: Laplace(mu, 1.0), lambda mu: LogNormal(mu, 1.0)], ids=["student", "laplace", "lognormal"]
+)
 def test_nor_is_a_prior_that_is_not_gaussian(prior):
     assert not _structure(REAL, lambda t: Normal(t, 1.0), prior).quadratic
 
 
 def _events(size, prior, likelihood):
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), mu=ps.latent(lambda: Normal(0.0, 1.0)), t=ps.latent(prior, plates="group", dims="d"),
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        t=ps.latent(prior, plates="group", dims="d"),
         x=ps.observed(likelihood, plates=("group", "obs"), dims="d"),
     )
     study = oracle.compute(model, xr.Dataset({"x": (("group", "obs", "d"), RNG.normal(size=(3, 2, size)))}))
@@ -99,7 +108,11 @@ def test_one_interaction_is_seen_in_the_likelihood(size, pair):
 
 def test_a_softmax_over_events_is_seen():
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), t=ps.latent(lambda: Normal(0.0, 1.0), plates="group", dims="k"), x=ps.observed(lambda t: Normal(t.softmax(-1)[0], 1.0), plates=("group", "obs")), sizes={"k": 3},
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        t=ps.latent(lambda: Normal(0.0, 1.0), plates="group", dims="k"),
+        x=ps.observed(lambda t: Normal(t.softmax(-1)[0], 1.0), plates=("group", "obs")),
+        sizes={"k": 3},
     )
     study = oracle.compute(model, xr.Dataset({"x": (("group", "obs"), REAL)}))
     assert not study.guide.components[0].elementwise
@@ -108,8 +121,11 @@ def test_a_softmax_over_events_is_seen():
 def test_latents_whose_events_mean_different_things_are_not_paired():
     # t[i, j] meets s[j, i]: of equal sizes, yet no coordinate-wise pairing.
     model = ps.Model(
-        ps.Plate("group"), t=ps.latent(lambda: Normal(0.0, 1.0), plates="group", dims=("i", "j")), s=ps.latent(lambda: Normal(0.0, 1.0), plates="group", dims=("j", "i")),
-        x=ps.observed(lambda t, s: Normal(t + s.mT, 1.0), plates="group", dims=("i", "j")), sizes={"i": 2, "j": 2},
+        ps.Plate("group"),
+        t=ps.latent(lambda: Normal(0.0, 1.0), plates="group", dims=("i", "j")),
+        s=ps.latent(lambda: Normal(0.0, 1.0), plates="group", dims=("j", "i")),
+        x=ps.observed(lambda t, s: Normal(t + s.mT, 1.0), plates="group", dims=("i", "j")),
+        sizes={"i": 2, "j": 2},
     )
     study = oracle.compute(model, xr.Dataset({"x": (("group", "i", "j"), RNG.normal(size=(3, 2, 2)))}))
     assert not study.guide.components[0].elementwise

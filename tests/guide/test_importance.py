@@ -36,19 +36,31 @@ def _log_dirichlet(a):
 # name -> (data, dims, prior, likelihood, log evidence of one group, posterior mean, posterior sd)
 CONJUGATE = {
     "gamma-poisson": (
-        COUNTS, (), lambda: Gamma(2.0, 0.7), lambda t: Poisson(t),
+        COUNTS,
+        (),
+        lambda: Gamma(2.0, 0.7),
+        lambda t: Poisson(t),
         lambda x: gammaln(2 + x.sum()) - gammaln(2.0) + 2 * np.log(0.7) - (2 + x.sum()) * np.log(0.7 + len(x)) - gammaln(x + 1).sum(),
-        lambda x: stats.gamma(2 + x.sum(), scale=1 / (0.7 + len(x))).mean(), lambda x: stats.gamma(2 + x.sum(), scale=1 / (0.7 + len(x))).std(),
+        lambda x: stats.gamma(2 + x.sum(), scale=1 / (0.7 + len(x))).mean(),
+        lambda x: stats.gamma(2 + x.sum(), scale=1 / (0.7 + len(x))).std(),
     ),
     "beta-bernoulli": (
-        FLIPS, (), lambda: Beta(1.5, 2.0), lambda t: Bernoulli(probs=t),
+        FLIPS,
+        (),
+        lambda: Beta(1.5, 2.0),
+        lambda t: Bernoulli(probs=t),
         lambda x: betaln(1.5 + x.sum(), 2 + (1 - x).sum()) - betaln(1.5, 2.0),
-        lambda x: stats.beta(1.5 + x.sum(), 2 + (1 - x).sum()).mean(), lambda x: stats.beta(1.5 + x.sum(), 2 + (1 - x).sum()).std(),
+        lambda x: stats.beta(1.5 + x.sum(), 2 + (1 - x).sum()).mean(),
+        lambda x: stats.beta(1.5 + x.sum(), 2 + (1 - x).sum()).std(),
     ),
     "dirichlet-categorical": (
-        LABELS, ("k",), lambda: Dirichlet(torch.tensor(ALPHA)), lambda t: Categorical(probs=t),
+        LABELS,
+        ("k",),
+        lambda: Dirichlet(torch.tensor(ALPHA)),
+        lambda t: Categorical(probs=t),
         lambda x: _log_dirichlet(ALPHA + _tally(x)) - _log_dirichlet(ALPHA),
-        lambda x: stats.dirichlet(ALPHA + _tally(x)).mean(), lambda x: np.sqrt(stats.dirichlet(ALPHA + _tally(x)).var()),
+        lambda x: stats.dirichlet(ALPHA + _tally(x)).mean(),
+        lambda x: np.sqrt(stats.dirichlet(ALPHA + _tally(x)).var()),
     ),
 }
 each_law = pytest.mark.parametrize("name", CONJUGATE)
@@ -57,7 +69,11 @@ each_law = pytest.mark.parametrize("name", CONJUGATE)
 def _study(name, **options):
     x, dims, prior, likelihood = CONJUGATE[name][:4]
     model = ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), t=ps.latent(prior, plates="group", dims=dims), x=ps.observed(likelihood, plates=("group", "obs")), sizes=dict.fromkeys(dims, 3),
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        t=ps.latent(prior, plates="group", dims=dims),
+        x=ps.observed(likelihood, plates=("group", "obs")),
+        sizes=dict.fromkeys(dims, 3),
     )
     return oracle.compute(model, xr.Dataset({"x": (("group", "obs"), x)}), **options)
 
@@ -167,7 +183,13 @@ def test_weights_average_to_the_evidence_whatever_the_correction(scheme):
 
 def test_a_normal_prior_with_bernoulli_data_agrees_with_quadrature():
     y = FLIPS
-    model = ps.Model(ps.Plate("group"), ps.Plate("obs"), mu=ps.latent(lambda: Normal(0.0, 1.0)), t=ps.latent(lambda mu: Normal(mu, 1.2), plates="group"), y=ps.observed(lambda t: Bernoulli(logits=t), plates=("group", "obs")))
+    model = ps.Model(
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        t=ps.latent(lambda mu: Normal(mu, 1.2), plates="group"),
+        y=ps.observed(lambda t: Bernoulli(logits=t), plates=("group", "obs")),
+    )
     study = oracle.compute(model, xr.Dataset({"y": (("group", "obs"), y)}))
     grid = np.linspace(-12, 12, 20_001)
     expected = 0.0
@@ -178,3 +200,30 @@ def test_a_normal_prior_with_bernoulli_data_agrees_with_quadrature():
     elbo = local_elbo(study.guide, oracle.whole(study), root, Weights(torch.zeros(0), torch.zeros(0, 0)), _normals(9), particles=20_000, differentiable=False)
     found, error = _log_mean(elbo.detach().numpy())
     assert abs(found - expected) < 4.5 * error
+
+
+def test_a_poisson_tree_agrees_with_nested_quadrature():
+    county, y = np.array([0, 0, 1]), np.array([[3.0, 1.0], [0.0, 2.0], [9.0, 7.0]])
+    model = ps.Model(
+        ps.Plate("region"),
+        ps.Plate("county", within="region"),
+        ps.Plate("visit"),
+        mu=ps.latent(lambda: Normal(0.0, 1.0)),
+        r=ps.latent(lambda mu: Normal(mu, 1.0), plates="region"),
+        c=ps.latent(lambda r: Normal(r, 0.8), plates="county"),
+        y=ps.observed(lambda c: Poisson(c.exp()), plates=("county", "visit")),
+    )
+    study = oracle.compute(model, xr.Dataset({"y": (("county", "visit"), y), "county_region": ("county", county, {"instance_dimension": "region"})}))
+    grid, expected = np.linspace(-9, 9, 1201), 0.0
+    conditional = stats.norm(grid[:, None], 0.8).pdf(grid[None, :])  # [r, c]
+    likelihood = [np.exp((row[:, None] * grid - np.exp(grid) - gammaln(row + 1)[:, None]).sum(0)) for row in y]
+    for region in range(2):
+        over_c = np.prod([np.trapezoid(conditional * likelihood[c], grid, axis=1) for c in np.flatnonzero(county == region)], axis=0)
+        expected += np.log(np.trapezoid(stats.norm(0.3, 1.0).pdf(grid) * over_c, grid))
+    k = 20_000
+    root = study.space.values(torch.full((k, 1), 0.3))
+    elbo = local_elbo(study.guide, oracle.whole(study), root, Weights(torch.zeros(0), torch.zeros(0, 0)), _normals(10), particles=k, differentiable=False)
+    found, error = _log_mean(elbo.detach().numpy())
+    assert abs(found - expected) < 4.5 * error
+    assert error < 0.02
+    assert float(elbo.detach().mean()) < expected + 4 * float(elbo.detach().std()) / np.sqrt(k)

@@ -36,8 +36,10 @@ def _skewed():
     # log of a Gamma(2) variable: its left tail falls as exp(2 z), its right one doubly exponentially; and an independent normal
     law = stats.loggamma(2.0)
     return (
-        lambda z: law.logpdf(z[:, 0]) + stats.norm.logpdf(z[:, 1]), lambda z: np.stack([2.0 - np.exp(z[:, 0]), -z[:, 1]], 1),
-        np.array([law.mean(), 0.0]), np.array([law.std(), 1.0]),
+        lambda z: law.logpdf(z[:, 0]) + stats.norm.logpdf(z[:, 1]),
+        lambda z: np.stack([2.0 - np.exp(z[:, 0]), -z[:, 1]], 1),
+        np.array([law.mean(), 0.0]),
+        np.array([law.std(), 1.0]),
     )
 
 

@@ -4,8 +4,31 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import (
-    Bernoulli, Beta, Binomial, Categorical, Cauchy, Dirichlet, Exponential, Gamma, Geometric, Gumbel, HalfNormal, Independent, Laplace, LogNormal, LowRankMultivariateNormal,
-    MixtureSameFamily, Multinomial, MultivariateNormal, NegativeBinomial, Normal, OneHotCategorical, Poisson, StudentT, VonMises, Weibull,
+    Bernoulli,
+    Beta,
+    Binomial,
+    Categorical,
+    Cauchy,
+    Dirichlet,
+    Exponential,
+    Gamma,
+    Geometric,
+    Gumbel,
+    HalfNormal,
+    Independent,
+    Laplace,
+    LogNormal,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    Multinomial,
+    MultivariateNormal,
+    NegativeBinomial,
+    Normal,
+    OneHotCategorical,
+    Poisson,
+    StudentT,
+    VonMises,
+    Weibull,
 )
 
 import pavi_scale as ps
@@ -52,16 +75,15 @@ LAWS = {
     "OneHotCategorical": (lambda t: OneHotCategorical(logits=torch.stack([t, -t, 0 * t])), (3,)),
     "Multinomial": (lambda t: Multinomial(4, logits=torch.stack([t, -t, 0 * t])), (3,)),
 }
-NO_VMAP = {
-    "Multinomial": "torch's log_prob indexes by a boolean mask, which vmap refuses",
-    "Geometric": "torch's log_prob writes into an unbatched tensor, which vmap refuses",
-}
 
 
 def _model(law, event):
     dims = tuple(f"d{i}" for i in range(len(event)))
     return ps.Model(
-        ps.Plate("group"), ps.Plate("obs"), sizes=dict(zip(dims, event, strict=True)), t=ps.latent(lambda: Normal(0.0, 0.7), plates="group"),
+        ps.Plate("group"),
+        ps.Plate("obs"),
+        sizes=dict(zip(dims, event, strict=True)),
+        t=ps.latent(lambda: Normal(0.0, 0.7), plates="group"),
         x=ps.observed(law, plates=("group", "obs"), dims=dims),
     )
 
@@ -78,7 +100,7 @@ def _reduced(law, event, groups=3, n=2, missing=None):
     return graph, layout, x, t
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=NO_VMAP[n])) if n in NO_VMAP else n for n in LAWS])
+@pytest.mark.parametrize("name", LAWS)
 def test_log_density_of_every_unit_is_the_laws_own(name):
     law, event = LAWS[name]
     graph, layout, x, t = _reduced(law, event)
@@ -89,7 +111,9 @@ def test_log_density_of_every_unit_is_the_laws_own(name):
         torch.testing.assert_close(found[k, i, o], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["Normal", "Gamma", "Beta", "Bernoulli", "Normal over dims", "MultivariateNormal", "MultivariateNormal over dims", "Dirichlet"])
+@pytest.mark.parametrize(
+    "name", ["Normal", "Gamma", "Beta", "Bernoulli", "Normal over dims", "MultivariateNormal", "MultivariateNormal over dims", "Dirichlet"]
+)
 def test_masked_entries_add_nothing_and_pass_no_gradient(name):
     law, event = LAWS[name]
     graph, layout, x, t = _reduced(law, event, missing="mask")
@@ -136,9 +160,14 @@ def test_a_selection_without_units_of_a_plate_has_an_empty_density():
 
 def test_prior_means_are_the_laws_in_unconstrained_coordinates():
     model = ps.Model(
-        ps.Plate("group"), m=ps.latent(lambda: Normal(0.0, 1.0)), a=ps.latent(lambda m: Normal(m + 2.0, 1.0), plates="group"),
-        b=ps.latent(lambda m: Gamma(3.0, m.exp()), plates="group"), c=ps.latent(lambda: Cauchy(1.0, 1.0), plates="group"), d=ps.latent(lambda: Dirichlet(torch.tensor([1.0, 2.0, 3.0])), plates="group", dims="k"),
-        x=ps.observed(lambda a: Normal(a, 1.0), plates="group"), sizes={"k": 3},
+        ps.Plate("group"),
+        m=ps.latent(lambda: Normal(0.0, 1.0)),
+        a=ps.latent(lambda m: Normal(m + 2.0, 1.0), plates="group"),
+        b=ps.latent(lambda m: Gamma(3.0, m.exp()), plates="group"),
+        c=ps.latent(lambda: Cauchy(1.0, 1.0), plates="group"),
+        d=ps.latent(lambda: Dirichlet(torch.tensor([1.0, 2.0, 3.0])), plates="group", dims="k"),
+        x=ps.observed(lambda a: Normal(a, 1.0), plates="group"),
+        sizes={"k": 3},
     )
     layout = Layout(model.plates, {"group": 2})
     graph = Graph(model, model.sizes)
@@ -155,14 +184,28 @@ def test_prior_means_are_the_laws_in_unconstrained_coordinates():
 # -- alignment ----------------------------------------------------------------------------------------------------------------
 
 PLATES = {p.name: p for p in (ps.Plate("region"), ps.Plate("county", within="region"), ps.Plate("house", within="county"), ps.Plate("year"))}
-LAYOUT = Layout(PLATES, {"region": 3, "county": 4, "house": 6, "year": 2}, {("county", "region"): np.array([2, 0, 2, 1]), ("house", "county"): np.array([3, 1, 1, 0, 2, 3])})
+LAYOUT = Layout(
+    PLATES, {"region": 3, "county": 4, "house": 6, "year": 2}, {("county", "region"): np.array([2, 0, 2, 1]), ("house", "county"): np.array([3, 1, 1, 0, 2, 3])}
+)
 
 
 @pytest.mark.parametrize("particles", [False, True])
-@pytest.mark.parametrize(("own", "target"), [
-    ((), ("house",)), (("house",), ("house",)), (("region",), ("house",)), (("county",), ("year", "house")), (("year",), ("year", "house")), (("county", "year"), ("year", "house")),
-    (("year", "region"), ("house", "year")), (("year", "county"), ("year", "county")), (("county", "year"), ("year", "county")), (("region", "county"), ("house",)), (("region", "year"), ("county", "year")),
-])
+@pytest.mark.parametrize(
+    ("own", "target"),
+    [
+        ((), ("house",)),
+        (("house",), ("house",)),
+        (("region",), ("house",)),
+        (("county",), ("year", "house")),
+        (("year",), ("year", "house")),
+        (("county", "year"), ("year", "house")),
+        (("year", "region"), ("house", "year")),
+        (("year", "county"), ("year", "county")),
+        (("county", "year"), ("year", "county")),
+        (("region", "county"), ("house",)),
+        (("region", "year"), ("county", "year")),
+    ],
+)
 def test_each_unit_receives_its_own_parents_value(own, target, particles):
     selection = Selection.whole(LAYOUT)
     value = torch.randn(*([3] if particles else []), *selection.sizes(own), 2)
@@ -186,13 +229,16 @@ def test_each_unit_receives_its_own_parents_value(own, target, particles):
 # -- laws that are refused ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("law", "message"), [
-    (lambda t: Normal(torch.zeros(5), 1.0), "wrong shape"),
-    (lambda t: MultivariateNormal(torch.zeros(4), torch.eye(4)), "wrong shape"),
-    (lambda t: 3.0, "does not return a distribution"),
-    (lambda t: t.nothing, "law fails on one ground unit"),
-    (lambda t: Normal(t, -1.0), "law fails on one ground unit"),
-])
+@pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        (lambda t: Normal(torch.zeros(5), 1.0), "wrong shape"),
+        (lambda t: MultivariateNormal(torch.zeros(4), torch.eye(4)), "wrong shape"),
+        (lambda t: 3.0, "does not return a distribution"),
+        (lambda t: t.nothing, "law fails on one ground unit"),
+        (lambda t: Normal(t, -1.0), "law fails on one ground unit"),
+    ],
+)
 def test_a_bad_law_is_refused_with_its_name(law, message):
     with pytest.raises(ModelError, match=message) as caught:
         Graph(_model(law, (3,)), {"d0": 3})
@@ -201,7 +247,9 @@ def test_a_bad_law_is_refused_with_its_name(law, message):
 
 def test_a_support_that_moves_with_a_parent_is_refused():
     model = ps.Model(
-        ps.Plate("group"), s=ps.latent(lambda: LogNormal(0.0, 1.0)), t=ps.latent(lambda s: torch.distributions.Uniform(0.0, s), plates="group"),
+        ps.Plate("group"),
+        s=ps.latent(lambda: LogNormal(0.0, 1.0)),
+        t=ps.latent(lambda s: torch.distributions.Uniform(0.0, s), plates="group"),
         x=ps.observed(lambda t: Normal(t, 1.0), plates="group"),
     )
     with pytest.raises(ModelError, match="support of a latent depends on its parent"):

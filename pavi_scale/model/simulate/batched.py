@@ -21,6 +21,7 @@ from torch.distributions import Distribution, RelaxedOneHotCategorical, Transfor
 from torch.distributions import transforms as tt
 
 from pavi_scale.errors import ModelError
+from pavi_scale.model.promote import Promote
 from pavi_scale.model.protocol import VariableLike
 
 Law = Callable[..., Distribution]
@@ -101,7 +102,7 @@ def draw(v: VariableLike, parents: Mapping[str, tuple[Tensor, tuple[int, ...]]],
     values = [parents[p][0] for p in v.parents]
     axes = [parents[p][1] for p in v.parents]
     full = (*sizes, *shape)
-    with unvalidated():
+    with unvalidated(), Promote():
         try:
             law = _capture(v, v.law, values, axes, len(sizes), shape)
             batch = torch.Size(full[: len(full) - len(law.event_shape)])
