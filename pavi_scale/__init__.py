@@ -7,8 +7,9 @@ from pavi_scale.model import Model, covariate, latent, observed
 from pavi_scale.model.simulate import simulate
 from pavi_scale.plates import Plate
 from pavi_scale.posterior.posterior import Posterior
+from pavi_scale.report import report
 
 __version__ = "0.1.0"
 __all__ = [
-    "Model", "Plate", "Posterior", "covariate", "fit", "from_table", "latent", "laws", "observed", "open_cohort", "open_posterior", "plan", "resume", "simulate",
+    "Model", "Plate", "Posterior", "covariate", "fit", "from_table", "latent", "laws", "observed", "open_cohort", "open_posterior", "plan", "report", "resume", "simulate",
 ]

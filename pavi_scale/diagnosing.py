@@ -60,10 +60,12 @@ def status_of(facts: Mapping[str, Any], tables: Mapping[str, np.ndarray], root: 
     """`unconverged` if a search did not meet its criterion; `unreliable` if importance weights say that q is not near p."""
     if not facts["converged"]:
         return "unconverged"
+    if facts.get("modes", 1) > 1:
+        return "unreliable"
     if root is not None and not root <= LIMIT + 0.1:
         return "unreliable"
     for table in tables.values():
         known = table[np.isfinite(table)]
-        if known.size and (known > LIMIT).mean() > 0.1:
+        if known.size and (known > LIMIT).mean() > 0.2:
             return "unreliable"
     return "ok" if all(math.isfinite(v) for _, v in facts["trace"][-1:] if v is not None) else "unconverged"

@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Mapping
@@ -20,8 +22,9 @@ from distributed import Client
 from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.computation import Settings, StudyComputation, make_graph
 from pavi_scale.diagnosing import diagnose
-from pavi_scale.errors import Interrupted, ModelError, RunError
+from pavi_scale.errors import Interrupted, ModelError, PlanRefused, RunError
 from pavi_scale.marginal import Pool
+from pavi_scale.memory import format_bytes
 from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan
 from pavi_scale.posterior.posterior import Posterior
@@ -36,6 +39,7 @@ from pavi_scale.server.runtime import DaskEngine
 from pavi_scale.study import Encoding, Study, prepare
 from pavi_scale.training import Fitted, Trainer
 
+SMALL = 64 << 20  # bytes of data up to which the fit ends with an evaluation of the full ELBO
 Source = xr.Dataset | str | os.PathLike[str]
 _known: weakref.WeakValueDictionary[str, Model] = weakref.WeakValueDictionary()
 
@@ -92,6 +96,7 @@ def fit(
     opened = open_cohort(cohort, model)
     study = make_study(opened, config, client)
     opened.check_values()
+    check_disk(study, run)
     directory = Run.create(run)
     with directory.lock():
         record(directory, opened, study, config)
@@ -137,6 +142,16 @@ def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -
     return Posterior.open(directory, load_context(str(directory.path), model))
 
 
+def check_disk(study: Study, run: str | os.PathLike[str] | None) -> None:
+    """Refuse a posterior that the run's disk has no room for."""
+    place = os.path.abspath(os.fspath(run)) if run is not None else tempfile.gettempdir()
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if study.plan.disk_bytes > free:
+        raise PlanRefused("the posterior does not fit on the disk", where=place, expected=f"{format_bytes(study.plan.disk_bytes)} free", got=format_bytes(free), remedy="free some space, or choose another run path")
+
+
 # -- preparation ----------------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +183,8 @@ def record(run: Run, cohort: Cohort, study: Study, config: Mapping[str, Any]) ->
     source = cohort.source
     if source is None or source.startswith("memory:"):
         source = "cohort.zarr"
-        cohort.dataset.drop_encoding().to_zarr(run.path / source, mode="w", consolidated=False, zarr_format=3)
+        labelled = {n: c.astype(object) for n, c in cohort.dataset.coords.items() if c.dtype.kind == "U"}
+        cohort.dataset.assign_coords(labelled).drop_encoding().to_zarr(run.path / source, mode="w", consolidated=False, zarr_format=3)
     run.write_study({
         "model": {"import": path, "file": getattr(module, "__file__", None), "fingerprint": fingerprint},
         "cohort": {"source": source, "fingerprint": cohort.fingerprint, "sizes": {**cohort.layout.cardinality, **cohort.event_sizes}},
@@ -281,7 +297,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
     khat = fitted.khat if math.isfinite(fitted.khat) else None
     late = time.monotonic() > deadline
     trace = [[stage, value if math.isfinite(value) else None] for stage, value in fitted.trace]
-    return {"phase": "trained", "converged": bool(fitted.converged and not late), "khat_root": khat, "trace": trace, "seconds": seconds}
+    return {"phase": "trained", "converged": bool(fitted.converged and not late), "khat_root": khat, "modes": fitted.modes, "trace": trace, "seconds": seconds}
 
 
 def write_posterior(run: Run, study: Study, computation: StudyComputation, engine: Engine, state: dict[str, np.ndarray], facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,12 +318,13 @@ def write_posterior(run: Run, study: Study, computation: StudyComputation, engin
     writer.put("diagnostics", diagnostics)
     trace = facts["trace"]
     writer.put("fit", xr.Dataset(
-        {"elbo": ("step", np.asarray([np.nan if v is None else v for _, v in trace], dtype=np.float64)), "stage": ("step", np.asarray([s for s, _ in trace], dtype="U16"))},
+        {"elbo": ("step", np.asarray([np.nan if v is None else v for _, v in trace], dtype=np.float64)), "stage": ("step", np.asarray([s for s, _ in trace], dtype=object))},
         coords={"step": np.arange(len(trace))},
     ))
     writer.finish()
     run.log("done", status=status)
-    return {"phase": "done", "status": status}
+    nats, error = context.sampler.elbo(4, 0) if study.plan.data_bytes < SMALL else (facts["trace"][-1][1], None)
+    return {"phase": "done", "status": status, "elbo": nats, "elbo_error": error if error is not None and math.isfinite(error) else None}
 
 
 def moment_points(study: Study) -> int:

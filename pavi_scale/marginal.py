@@ -63,8 +63,8 @@ def whitening(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mid, np.maximum(0.5 * (high - low), 1e-3)
 
 
-def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, on_step: Callable[[str, float], None]) -> np.ndarray:
-    """Mode of L by L-BFGS in prior-whitened coordinates.
+def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, on_step: Callable[[str, float], None]) -> list[tuple[np.ndarray, float]]:
+    """Modes of L by L-BFGS in prior-whitened coordinates.
 
     Args:
         bound: The marginal bound.
@@ -74,7 +74,7 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
         on_step: Told of each evaluation.
 
     Returns:
-        The mode, `[R]`.
+        (mode `[R]`, L there) of each start, the highest first.
     """
     loc, scale = whitening(draws)
     first = np.concatenate([loc[None], draws])
@@ -90,14 +90,27 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
         on_step("mode", float(v[0]))
         return -float(v[0]), -g[0] * scale
 
-    best, best_value = first[int(np.argmax(value))], -math.inf
+    found: list[tuple[np.ndarray, float]] = []
     for i in np.argsort(-value, kind="stable")[:starts]:
         if not np.isfinite(value[i]):
             continue
         result = minimize(objective, (first[i] - loc) / scale, jac=True, method="L-BFGS-B", options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5})
-        if -result.fun > best_value:
-            best, best_value = loc + scale * result.x, -float(result.fun)
-    return best
+        found.append((loc + scale * result.x, -float(result.fun)))
+    return sorted(found, key=lambda f: -f[1])
+
+
+def other_modes(found: list[tuple[np.ndarray, float]], cov: np.ndarray) -> int:
+    """Modes of comparable height (within 3 nats) that are neither the first one nor a relabelling of it.
+
+    Relabelled components of a mixture have the same coordinates in another order.
+    """
+    (first, value), sd = found[0], np.sqrt(np.diagonal(cov))
+    distinct = 0
+    for mode, height in found[1:]:
+        away = np.abs(mode - first).max(initial=0.0, where=np.ones(len(mode), bool)) > 6 * sd.max(initial=0.0)
+        relabelled = np.abs(np.sort(mode) - np.sort(first)).max(initial=0.0) < 2 * sd.max(initial=0.0)
+        distinct += bool(value - height < 3.0 and away and not relabelled)
+    return distinct
 
 
 def curvature(bound: Bound, point: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +177,7 @@ def refit(
     counts: list[int] = []
     while True:
         block = len(proposals)
-        uniforms = qmc.Sobol(r + 1, seed=stream(seed, "refit", block) % 2**32).random(per_round).clip(1e-9, 1 - 1e-9)
+        uniforms = qmc.Sobol(r + 1, seed=stream(seed, "refit", block) % 2**32).random_base2(math.ceil(math.log2(per_round)))[:per_round].clip(1e-9, 1 - 1e-9)
         fresh = proposals[-1].sample(norm.ppf(uniforms[:, :r]), uniforms[:, r])
         value, _ = bound(fresh, False)
         points, values = np.concatenate([points, fresh]), np.concatenate([values, np.where(np.isfinite(value), value, -np.inf)])

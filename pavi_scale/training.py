@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from scipy.stats import norm, qmc
 
-from pavi_scale.batching import batches, shards, splittable
+from pavi_scale.batching import batches, closure, shards, splittable
 from pavi_scale.computation import StudyComputation, flat_positions
-from pavi_scale.batching import closure
 from pavi_scale.guide.root import StudentT
-from pavi_scale.marginal import Pool, find_mode, polish, refit, whitening
+from pavi_scale.marginal import Pool, find_mode, other_modes, polish, refit, whitening
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
+from pavi_scale.starts import start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
+RESTART_STEPS = 40
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
 WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
 
@@ -41,12 +42,14 @@ class Fitted:
         trace: (stage, bound) per round.
         converged: Whether every search met its criterion.
         khat: Pareto k-hat of the root's importance weights.
+        modes: Distinct modes of comparable height that were found.
     """
 
     state: dict[str, np.ndarray]
     trace: list[tuple[str, float]]
     converged: bool
     khat: float
+    modes: int = 1
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Trainer:
     trace: list[tuple[str, float]] = field(default_factory=list)
     state: dict[str, np.ndarray] = field(default_factory=dict)
     seconds_per_point: float = 0.0
+    modes: int = 1
 
     def tasks(self, **extra: Any) -> list[dict[str, Any]]:
         """One task per shard of the cohort."""
@@ -108,9 +112,12 @@ class Trainer:
             return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0)
         draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
         cheap = 64 if self._cost() < 0.05 else 16
-        mode = find_mode(self.bound, draws[:cheap], starts=2 if self._cost() < 0.2 else 1, max_evaluations=200, on_step=self.tell)
+        starts = np.concatenate([start_points(self.study, draws, self.seed), draws[:cheap]])
+        found = find_mode(self.bound, starts, starts=4 if self._cost() < 0.02 else 2 if self._cost() < 0.2 else 1, max_evaluations=200, on_step=self.tell)
+        mode = found[0][0]
         _, scale = whitening(draws)
         mode, cov, converged = polish(self.bound, mode, scale, 4)
+        self.modes = 1 + other_modes(found, cov)
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
         self._improve(points, trained)
@@ -130,7 +137,7 @@ class Trainer:
         return self.seconds_per_point
 
     def _normals(self, name: str, count: int, dim: int) -> np.ndarray:
-        sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random(2 ** math.ceil(math.log2(count)))[:count, :dim]
+        sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random_base2(max(1, math.ceil(math.log2(count))))[:count, :dim]
         return np.asarray(norm.ppf(sobol.clip(1e-9, 1 - 1e-9)))
 
     def _gaussian(self, gaussian: StudentT, converged: bool) -> Fitted:
@@ -149,7 +156,7 @@ class Trainer:
     def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float) -> Fitted:
         raw = np.tril(gaussian.chol, -1) + np.diag(np.log(np.maximum(np.diagonal(gaussian.chol), 1e-300)))
         state = {**self.state, "pool/points": points, "pool/weight": weight, "root/loc": gaussian.loc, "root/raw": raw}
-        return Fitted(state, self.trace, converged, khat)
+        return Fitted(state, self.trace, converged, khat, self.modes)
 
     # -- learned corrections ------------------------------------------------------------------------------------------------
 
@@ -239,8 +246,7 @@ class Trainer:
             step += 1
             if schedule.annealing > 0.5:
                 tail.append({k: self.state[k].copy() for k in ("root/loc", "root/raw")})
-            if step % 10 == 0:
-                self.tell("elbo", value)
+            self.tell("elbo", value)
             if step % 200 == 0:
                 on_checkpoint({k: v for k, v in self.state.items()}, step)
         for k in ("root/loc", "root/raw"):
@@ -269,11 +275,14 @@ class Trainer:
     def _restart(self, draws: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
         """Short runs from several prior draws on small selections; the best goes on (mixtures have poor local optima)."""
         best, best_value = None, -math.inf
-        for attempt in range(6):
-            self.state = self._initial(draws[attempt], scale, stream(self.seed, "start", attempt) % 2**31)
+        points = np.concatenate([start_points(self.study, draws, self.seed), draws[:2]])
+        for attempt, point in enumerate(points):
+            if best is not None and time.monotonic() > self.deadline:
+                break
+            self.state = self._initial(point, scale, stream(self.seed, "start", attempt) % 2**31)
             adam, source = self._adam(scale), self._batches(self.study.settings.chunk // 64)
-            values = [self._step(adam, source, 10_000_000 + 100_000 * attempt + i, 0.1) for i in range(60)]
-            value = float(np.mean(values[-10:]))
+            values = [self._step(adam, source, 10_000_000 + 100_000 * attempt + i, 0.1) for i in range(RESTART_STEPS)]
+            value = float(np.nan_to_num(np.mean(values[-10:]), nan=-math.inf))
             self.tell("start", value)
             if value > best_value or best is None:
                 best, best_value = {k: v.copy() for k, v in self.state.items()}, value
@@ -314,7 +323,7 @@ class Levelling:
     Levelled: over the last two windows of steps the mean rose by less than twice its standard error, twice running.
     """
 
-    def __init__(self, window: int = 60, limit: int = 4000) -> None:
+    def __init__(self, window: int = 40, limit: int = 4000) -> None:
         self.window, self.limit = window, limit
         self.values: list[float] = []
         self.calm = 0

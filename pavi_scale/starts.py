@@ -1,0 +1,78 @@
+"""Where searches start: prior draws, and centres found in the data for the components of mixtures."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.cluster.vq import kmeans2
+
+from pavi_scale.batching import closure, splittable
+from pavi_scale.computation import StudyComputation
+from pavi_scale.guide.blocks import lies_below
+from pavi_scale.rng import stream
+
+SAMPLE = 6_000  # observed vectors that are clustered
+MIXTURE_STARTS = 2
+
+
+def start_points(study: StudyComputation, draws: np.ndarray, seed: int) -> np.ndarray:
+    """Root points `[N, R]` to start from: prior draws in which the centres of mixtures, if any, come from the data.
+
+    A root latent of dims (k, *d) over an observed variable of dims d is taken for the k centres of a mixture: its rows are the
+    centres of a k-means (k-means++ seeding, Arthur & Vassilvitskii 2007) of a sample of the observed vectors.
+    """
+    found = [c for c in (centres(study, name, seed) for name in study.space.names) if c is not None]
+    if not found:
+        return draws[:0]
+    points = np.repeat(np.median(draws, 0)[None], MIXTURE_STARTS, 0)
+    for name, rows in found:
+        start = sum(s for n, s in zip(study.space.names, study.space.sizes, strict=True) if study.space.names.index(n) < study.space.names.index(name))
+        for i in range(MIXTURE_STARTS):
+            points[i, start : start + rows[i].size] = rows[i].ravel()
+    return points
+
+
+def centres(study: StudyComputation, name: str, seed: int) -> tuple[str, list[np.ndarray]] | None:
+    """Centres for one root latent, `MIXTURE_STARTS` sets of `[k, *d]`; None if it does not look like the centres of a mixture."""
+    model, graph = study.graph.model, study.graph
+    v = model.variables[name]
+    if len(v.dims) < 1 or not graph.links[name].identity:
+        return None
+    for x in model.of_kind("observed"):
+        if x.plates and x.dims == v.dims[1:] and x.dims and name in _ancestry(study, x.name):
+            sample = observed_sample(study, x.name, seed)
+            k = graph.shape(v)[0]
+            if len(sample) < 4 * k:
+                return None
+            sets = [kmeans2(sample, k, iter=20, minit="++", seed=np.random.default_rng(stream(seed, name, i) % 2**63), missing="warn")[0] for i in range(MIXTURE_STARTS)]
+            return name, [s.reshape(graph.shape(v)) for s in sets]
+    return None
+
+
+def _ancestry(study: StudyComputation, name: str) -> set[str]:
+    found: set[str] = set()
+    todo = list(study.graph.model.variables[name].parents)
+    while todo:
+        parent = todo.pop()
+        if parent not in found:
+            found.add(parent)
+            todo.extend(study.graph.model.variables[parent].parents)
+    return found
+
+
+def observed_sample(study: StudyComputation, name: str, seed: int) -> np.ndarray:
+    """Some observed vectors, `[m, d]`, from a few units of each splittable plate."""
+    model, layout = study.graph.model, study.layout
+    v = model.variables[name]
+    total = int(np.prod([layout.cardinality[p] for p in v.plates]))
+    rng = np.random.default_rng(stream(seed, "sample", name) % 2**63)
+    chosen = {}
+    for top in splittable(model, study.guide.components):
+        if lies_below(model.plates, v.plates, (top,)):
+            n = layout.cardinality[top]
+            count = max(1, min(n, int(np.ceil(n * SAMPLE / total))))
+            chosen[top] = np.sort(rng.choice(n, count, replace=False))
+    selection = closure(layout, chosen)
+    x = np.asarray(study.cohort.read(name, {p: selection.units[p] for p in v.plates}), dtype=np.float64)
+    x = x.reshape(-1, int(np.prod(study.graph.shape(v))))
+    x = x[np.isfinite(x).all(1)]
+    return x[rng.permutation(len(x))[:SAMPLE]]
