@@ -55,10 +55,11 @@ class ConditionalFlow(nn.Module):
         return (middle - shift) * (-log_scale).exp(), log_det - log_scale.sum(-1)
 
 
-def _last_layers(module: nn.Module) -> list[nn.Linear]:
+def _last_layers(module: nn.Module) -> list[nn.Linear | zuko.nn.Linear]:
     found = []
     for child in module.modules():
         if isinstance(child, nn.Sequential):
-            linear = [m for m in child if isinstance(m, nn.Linear)]
+            # zuko's networks of one feature use a linear layer of its own
+            linear = [m for m in child if isinstance(m, (nn.Linear, zuko.nn.Linear))]
             found += linear[-1:]
     return found

@@ -63,7 +63,7 @@ def whitening(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mid, np.maximum(0.5 * (high - low), 1e-3)
 
 
-def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, on_step: Callable[[str, float], None]) -> list[tuple[np.ndarray, float]]:
+def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, deadline: float, on_step: Callable[[str, float], None]) -> list[tuple[np.ndarray, float]]:
     """Modes of L by L-BFGS in prior-whitened coordinates.
 
     Args:
@@ -71,6 +71,7 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
         draws: Prior draws, `[N, R]`.
         starts: How many of the best draws are followed.
         max_evaluations: Budget per start.
+        deadline: `time.monotonic()` at which the search ends where it is.
         on_step: Told of each evaluation.
 
     Returns:
@@ -90,11 +91,15 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
         on_step("mode", float(v[0]))
         return -float(v[0]), -g[0] * scale
 
+    def in_time(_: np.ndarray) -> None:
+        if time.monotonic() > deadline:
+            raise StopIteration
+
     found: list[tuple[np.ndarray, float]] = []
     for i in np.argsort(-value, kind="stable")[:starts]:
-        if not np.isfinite(value[i]):
+        if not np.isfinite(value[i]) or (found and time.monotonic() > deadline):
             continue
-        result = minimize(objective, (first[i] - loc) / scale, jac=True, method="L-BFGS-B", options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5})
+        result = minimize(objective, (first[i] - loc) / scale, jac=True, method="L-BFGS-B", callback=in_time, options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5})
         found.append((loc + scale * result.x, -float(result.fun)))
     return sorted(found, key=lambda f: -f[1])
 

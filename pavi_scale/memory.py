@@ -19,7 +19,7 @@ def parse_bytes(size: str | int | float) -> int:
         >>> parse_bytes("4 GiB"), parse_bytes(1000)
         (4294967296, 1000)
     """
-    if isinstance(size, (int, float)) and not isinstance(size, bool) and size > 0:
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < float("inf"):
         return int(size)
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(size))
     unit = match.group(2).lower() if match else ""

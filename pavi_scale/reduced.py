@@ -49,8 +49,8 @@ class Reduced:
             x = data[v.name].to(device=device, dtype=dtype)
             if v.missing == "mask":
                 seen = ~torch.isnan(x)
-                # A masked entry is given some observed value, so that its (unused) density and gradient stay finite.
-                filler = x[seen].flatten()[0] if bool(seen.any()) else torch.zeros((), dtype=dtype)
+                # A masked entry is given some value of the support, so that its (unused) density and gradient stay finite.
+                filler = graph.fillers[v.name].to(device=device, dtype=dtype)
                 self.masks[v.name] = seen.to(dtype)
                 x = torch.where(seen, x, filler)
             self.data[v.name] = x

@@ -28,6 +28,8 @@ from pavi_scale.starts import start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
+REFIT_SECONDS = 30.0
+SEARCH_SECONDS = 20.0  # of looking for modes of the root, after which the best one so far is polished
 RESTART_STEPS = 40
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
 WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
@@ -113,7 +115,7 @@ class Trainer:
         draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
         cheap = 64 if self._cost() < 0.05 else 16
         starts = np.concatenate([start_points(self.study, draws, self.seed), draws[:cheap]])
-        found = find_mode(self.bound, starts, starts=4 if self._cost() < 0.02 else 2 if self._cost() < 0.2 else 1, max_evaluations=200, on_step=self.tell)
+        found = find_mode(self.bound, starts, starts=4 if self._cost() < 0.02 else 2 if self._cost() < 0.2 else 1, max_evaluations=200, deadline=min(self.deadline, time.monotonic() + SEARCH_SECONDS), on_step=self.tell)
         mode = found[0][0]
         _, scale = whitening(draws)
         mode, cov, converged = polish(self.bound, mode, scale, 4)
@@ -127,7 +129,7 @@ class Trainer:
             return self._gaussian(gaussian, converged)
         pool = refit(
             lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
-            max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
+            max_points=min(8192, limit), deadline=min(self.deadline, time.monotonic() + REFIT_SECONDS), on_step=self.tell,
         )
         return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
 

@@ -18,7 +18,8 @@ from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_de
 from pavi_scale.model.density import Aligned
 from pavi_scale.reduced import Reduced, Value
 
-MAX_ITERATIONS = 40
+MAX_ITERATIONS = 20
+MAX_SHORTENED = 24  # times that a step is shortened to a quarter before it is given up
 ENCODING_ITERATIONS = 3  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
 ROUGH_ITERATIONS = 12
 Coordinates = dict[str, Tensor]
@@ -351,31 +352,48 @@ class LocalModel:
 
     def mode(self) -> tuple[Coordinates, int]:
         """Mode of the log joint by damped Newton steps, without derivatives; and the number of steps taken."""
-        z = self.start()
-        if self.component.rough:
-            return self._rough_mode(z), ROUGH_ITERATIONS
+        with torch.no_grad():  # sites and root values may be tracked; the search is not
+            z = self.start()
+            if self.component.rough:
+                return self._rough_mode(z), ROUGH_ITERATIONS
+            return self._newton(z)
+
+    def _newton(self, z: Coordinates) -> tuple[Coordinates, int]:
+        """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it."""
         rough_is_enough = self.reduced.dtype == torch.float32
         tolerance, limit = (1e-3, ENCODING_ITERATIONS) if rough_is_enough else (1e-9, MAX_ITERATIONS)
-        previous: Expansion | None = None
-        scale: Tensor | None = None
-        at = z
+        expansion = self.expand(z, differentiable=False)
+        settled = stuck = torch.zeros_like(expansion.value, dtype=torch.bool)
         for iteration in range(limit):
-            expansion = self.expand(z, differentiable=False)
-            if previous is not None and scale is not None:
-                # Units whose log joint fell (or is not finite) go back and try a quarter of the step.
-                worse = ~(expansion.value >= previous.value - 1e-7 * (1 + previous.value.abs()))
-                if bool(worse.any()) and iteration < limit - 1:
-                    scale = torch.where(worse, 0.25 * scale, scale)
-                    z = self._move(at, previous.gaussian.step, scale)
-                    if float(scale.min()) > 1e-6:
-                        continue
-            decrement = max(float((expansion.gradient[b] * s).sum((-1, -2)).abs().max()) for b, s in expansion.gaussian.step.items())
-            if decrement < tolerance:
-                return z, iteration
-            at, previous = z, expansion
-            scale = torch.ones_like(expansion.value)
-            z = self._move(at, expansion.gaussian.step, scale)
-        return z, limit
+            step = expansion.gaussian.step
+            settled = settled | (self._decrement(expansion) < tolerance)
+            if bool(settled.all()):
+                # The step at hand is free, and squares what is left of the error.
+                return self._move(z, step, (~stuck).to(expansion.value.dtype)), iteration
+            scale = (~settled).to(expansion.value.dtype)
+            if iteration == limit - 1:
+                break
+            for _ in range(MAX_SHORTENED):
+                # Units whose log joint fell (or is not finite) try a quarter of the step.
+                trial = self._move(z, step, scale)
+                found = self.expand(trial, differentiable=False)
+                worse = ~settled & ~(found.value >= expansion.value - 1e-9 * (1 + expansion.value.abs()))
+                if not bool(worse.any()):
+                    break
+                scale = torch.where(worse, 0.25 * scale, scale)
+            else:
+                settled, stuck = settled | worse, stuck | worse
+                trial = self._move(z, step, torch.where(worse, torch.zeros_like(scale), scale))
+                found = self.expand(trial, differentiable=False)
+            z, expansion = trial, found
+        return self._move(z, step, scale), limit
+
+    def _decrement(self, expansion: Expansion) -> Tensor:
+        """|g . H^-1 g| per unit of the top block, `[K, n_top]`."""
+        total = torch.zeros_like(expansion.value)
+        for b, step in expansion.gaussian.step.items():
+            total = total + self.to_top((expansion.gradient[b] * step).sum((-1, -2)), self.blocks[b].plates)
+        return total.abs()
 
     def _rough_mode(self, z: Coordinates) -> Coordinates:
         """Fixed point of averaged Newton steps, each at most three widths long; widths follow the conditional sds of the curvature."""

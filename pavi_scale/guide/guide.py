@@ -143,9 +143,12 @@ def _kinked(local: LocalModel, factor: Factor) -> bool:
 
 
 def _curvature_fixed(local: LocalModel) -> bool:
-    one, two = (local.expand(_points(local, seed), differentiable=False).gaussian for seed in (2, 3))
+    """Whether the curvature, and the mode that a Newton step leads to, are the same from two points (a kink moves the second only)."""
+    points = [_points(local, seed) for seed in (2, 3)]
+    one, two = (local.expand(z, differentiable=False).gaussian for z in points)
     if isinstance(one, Tree) and isinstance(two, Tree):
         pairs = [(one.factor[b], two.factor[b]) for b in one.factor] + [(one.gain[p], two.gain[p]) for p in one.gain]
     else:
         pairs = [(one.factor, two.factor)]  # type: ignore[list-item]
+    pairs += [(points[0][b] + one.step[b], points[1][b] + two.step[b]) for b in points[0]]
     return all(float((a - b).abs().max()) <= 1e-7 * float(a.abs().max().clamp_min(1e-12)) for a, b in pairs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Multinomial
+from torch.distributions import Distribution, Geometric, Multinomial
 from torch.distributions.constraints import Constraint
 
 from pavi_scale.errors import ModelError
@@ -76,6 +76,7 @@ class Graph:
         self.event_sizes = dict(event_sizes)
         self.links: dict[str, Link] = {}
         self.supports: dict[str, Constraint | None] = {}
+        self.fillers: dict[str, Tensor] = {}  # what stands for missing observations: a draw of the law, so inside its support
         self.promote = False
         try:
             self._inspect(example or {})
@@ -103,6 +104,8 @@ class Graph:
                     continue
                 law = self.law(v, values)
                 self.supports[v.name] = law.support
+                if v.missing == "mask":
+                    self.fillers[v.name] = law.sample().to(torch.float64)
                 if v.kind == "latent":
                     self.links[v.name] = make_link(law.support, self.shape(v), v.name)
                     self._check_support(v, law, values)
@@ -152,7 +155,7 @@ class Graph:
                 out = out * (keep.flatten(out.ndim).amin(-1) if keep.ndim > out.ndim else keep)
             return out.sum()
 
-        return _over_units(unit, v.plates, [value, mask, *parents.values()], self.promote)
+        return _over_units(unit, v.plates, [value, mask, *parents.values()], self.promote, ())
 
     def prior_mean(self, v: Variable, parents: Mapping[str, Aligned]) -> Tensor:
         """Unconstrained image of the conditional prior's mean, `[K, *plates, *base_shape]`; zero where it has none."""
@@ -168,16 +171,21 @@ class Graph:
             except NotImplementedError:
                 return torch.full(shape, math.nan)
 
-        z = link.inverse(_over_units(unit, v.plates, list(parents.values()), self.promote))
+        z = link.inverse(_over_units(unit, v.plates, list(parents.values()), self.promote, shape))
         return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _over_units(unit: Callable[..., Tensor], plates: tuple[str, ...], inputs: list[Aligned | None], promote: bool = False) -> Tensor:
+def _over_units(unit: Callable[..., Tensor], plates: tuple[str, ...], inputs: list[Aligned | None], promote: bool, event: tuple[int, ...]) -> Tensor:
     """Nested vmap of `unit` over the particle axis and the plates; inputs that are None pass as None.
 
     An input's axes are consumed from the left, so the outermost map is the particle axis.
     """
     present = [a for a in inputs if a is not None]
+    sizes = {p: a.value.shape[int(a.particles) + i] for a in present for i, p in enumerate(a.axes)}
+    if 0 in sizes.values():  # a county without houses: vmap cannot run over no units, and there is nothing to compute
+        lead = max((len(a.value) for a in present if a.particles), default=1)
+        tie = sum((0.0 * a.value.sum() for a in present if a.value.requires_grad), present[0].value.new_zeros(()))
+        return present[0].value.new_zeros(lead, *(sizes.get(p, 1) for p in plates), *event) + tie
     function = unit
     squeeze_back: list[int] = []
     for depth, plate in reversed(list(enumerate(plates, start=1))):
@@ -202,6 +210,8 @@ def log_prob_of(law: Distribution, x: Tensor) -> Tensor:
     """`law.log_prob(x)`, also for the laws whose torch implementation cannot run under vmap."""
     if isinstance(law, Multinomial):  # it assigns by a boolean mask
         return torch.lgamma(x.sum(-1) + 1) - torch.lgamma(x + 1).sum(-1) + torch.xlogy(x, law.probs).sum(-1)
+    if isinstance(law, Geometric):  # it writes into an unbatched tensor
+        return torch.special.xlog1py(x, -law.probs) + law.probs.log()
     return law.log_prob(x)
 
 

@@ -239,8 +239,8 @@ model = ps.Model(
 )
 if __name__ == "__main__":
     rng = np.random.default_rng(8)
-    g = np.repeat(np.arange(3000), 5)
-    y = (rng.random(g.size) < 1 / (1 + np.exp(-(0.3 + rng.normal(0, 1.0, 3000))[g]))).astype(int)
+    g = np.repeat(np.arange(400), 5)
+    y = (rng.random(g.size) < 1 / (1 + np.exp(-(0.3 + rng.normal(0, 1.0, 400))[g]))).astype(int)
     cohort = xr.Dataset({{"y": ("i", y), "g_of": ("i", g, {{"instance_dimension": "g"}})}})
     print("go", flush=True)
     ps.fit(model, cohort, run=sys.argv[1], seed=0, progress=False)
