@@ -12,6 +12,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from distributed import Client
 from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.computation import Settings, StudyComputation, make_graph
 from pavi_scale.diagnosing import diagnose
-from pavi_scale.errors import Interrupted, ModelError, PlanRefused, RunError
+from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused, RunError
 from pavi_scale.marginal import Pool
 from pavi_scale.memory import format_bytes
 from pavi_scale.model.template import Model
@@ -88,11 +89,10 @@ def fit(
         >>> round(float(posterior.datatree["posterior_mean"]["mu"]), 2)
         0.75
     """
+    check_options(seed, max_time, device)
     config = {"seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time}
     if not isinstance(model, Model):
         raise ModelError("the first argument is not a model", expected="pavi_scale.Model", got=type(model).__name__)
-    if device not in ("auto", "cpu"):
-        raise RunError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
     opened = open_cohort(cohort, model)
     study = make_study(opened, config, client)
     opened.check_values()
@@ -140,6 +140,16 @@ def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -
     """
     directory = Run.open(run)
     return Posterior.open(directory, load_context(str(directory.path), model))
+
+
+def check_options(seed: int, max_time: float | None, device: str) -> None:
+    """Refuse options that mean nothing."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError("the seed must be a non-negative integer", where="seed", got=repr(seed))
+    if max_time is not None and (isinstance(max_time, bool) or not isinstance(max_time, (int, float)) or not max_time > 0):
+        raise InputError("the time allowed must be a positive number of seconds, or None", where="max_time", got=repr(max_time))
+    if device not in ("auto", "cpu"):
+        raise InputError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
 
 
 def check_disk(study: Study, run: str | os.PathLike[str] | None) -> None:
@@ -362,13 +372,15 @@ def write_returned(writer: PosteriorWriter, study: Study, answers: list[dict[str
 # -- loading --------------------------------------------------------------------------------------------------------------------
 
 
-def make_context(computation: StudyComputation, state: Mapping[str, np.ndarray], seed: int) -> Context:
-    """What a posterior needs of a computation."""
+def make_context(computation: StudyComputation, state: Mapping[str, np.ndarray], seed: int, facts: Mapping[str, Any] | None = None) -> Context:
+    """What a posterior needs of a computation; with the facts of a finished run it can be extended, unless it has rows of its own units."""
+    rows = bool(computation.guide.free) or "free" in computation.settings.schemes.values()
+    extension = None if rows or facts is None else lambda new: extend(computation, state, facts, new, seed)
     cohort = computation.cohort
     labels = {d: cohort.coordinate(d) for d in (*cohort.model.plates, *cohort.model.dims)}
     return Context(
         GuideSampler(computation, state, seed), cohort.model, cohort.dataset, cohort.layout, cohort.event_sizes,
-        {d: label for d, label in labels.items() if label is not None}, None,
+        {d: label for d, label in labels.items() if label is not None}, extension,
     )
 
 
@@ -385,7 +397,26 @@ def load_context(path: str, model: Model | None = None, computation: StudyComput
     if computation is None:
         cohort = reopen_cohort(study, found, run)
         computation = StudyComputation(make_graph(cohort), cohort, settings_from(study["settings"]))
-    return make_context(computation, state, int(study["config"]["seed"]))
+    return make_context(computation, state, int(study["config"]["seed"]), facts)
+
+
+def extend(computation: StudyComputation, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], new: Source, seed: int) -> Posterior:
+    """Posterior of a new cohort's units under the trained guide: the root posterior stays, one pass over the new data, no training."""
+    opened = open_cohort(new, computation.graph.model)
+    opened.check_values()
+    study = prepare(opened, seed=seed)
+    settings = replace(computation.settings, split=study.settings.split)
+    study = replace(study, settings=settings)
+    kept = {k: v for k, v in state.items() if not k.startswith("residual/")}
+    run = Run.create(None)
+    config = {"seed": seed, "encoding": "auto", "memory": "4 GiB", "device": "auto", "max_time": None}
+    with run.lock(), LocalEngine(study.spec) as engine:
+        record(run, opened, study, config)
+        fresh = StudyComputation(study.graph, opened, settings)
+        done = {**facts, "phase": "trained"}
+        done |= write_posterior(run, study, fresh, engine, kept, done, config)
+        run.commit(kept, done)
+    return Posterior.open(run, make_context(fresh, kept, seed, done))
 
 
 set_loader(load_context)

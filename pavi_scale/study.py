@@ -14,7 +14,7 @@ from pavi_scale.batching import closure, split_plate, splittable
 from pavi_scale.cohort import Cohort
 from pavi_scale.computation import Settings, StudySpec, make_graph, precision
 from pavi_scale.errors import CohortError, InputError, PlanRefused
-from pavi_scale.guide.blocks import DENSE_LIMIT, Block, choose_free, coordinates, make_blocks, make_components
+from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, make_blocks, make_components
 from pavi_scale.guide.guide import Guide, probe
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.memory import format_bytes, parse_bytes
@@ -101,6 +101,10 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
         if block.free and schemes[block.name] in ("encoder", "hybrid"):
             raise InputError("this block cannot have the scheme: its pool of data is not local", where=f"encoding of {block.name!r}", expected="'auto' or 'free'", got=schemes[block.name])
     structure = look(graph, cohort, free, seed)
+    costly = [c for c in make_components(graph, make_blocks(graph, free)) if not c.tree and not structure[c.name]["quadratic"]]
+    if any(coordinates(c, cardinality) > DENSE_NEWTON_LIMIT for c in costly):
+        free = choose_free(graph, cardinality, DENSE_NEWTON_LIMIT)
+        structure = look(graph, cohort, free, seed)
     for component in make_components(graph, make_blocks(graph, free)):
         # Candidates cost as many evaluations of the laws; past a few million coordinates only the Gaussian core is used.
         worth = component.tree and not structure[component.name]["quadratic"] and coordinates(component, cardinality) <= RESAMPLE_LIMIT and not free

@@ -169,7 +169,7 @@ class Trainer:
         share = self._efficiency(points[:1])
         self.tell("efficiency", share)
         if trained or share < WORTH_TRAINING:
-            self._correct(points, 300)
+            self._correct(points, 300 if share < WORTH_TRAINING else 100)
 
     def _efficiency(self, point: np.ndarray) -> float:
         """Relative effective sample size of the candidates' weights, the lowest tenth of the first shard's units."""

@@ -16,6 +16,7 @@ from pavi_scale.model.template import Variable
 from pavi_scale.plates import Plate, ancestors
 
 DENSE_LIMIT = 1500  # unconstrained coordinates of a component that is solved as one dense Gaussian: a factorisation is then ~1 GFLOP
+DENSE_NEWTON_LIMIT = 500  # the same where the laws are not Gaussian and it takes many factorisations to find the mode
 
 
 @dataclass(frozen=True)
@@ -201,15 +202,15 @@ def coordinates(component: Component, cardinality: Mapping[str, int]) -> int:
     return sum(b.dim * math.prod(cardinality[p] for p in b.plates) for b in component.blocks)
 
 
-def choose_free(graph: Graph, cardinality: Mapping[str, int], forced: frozenset[frozenset[str]] = frozenset()) -> frozenset[frozenset[str]]:
+def choose_free(graph: Graph, cardinality: Mapping[str, int], limit: int = DENSE_LIMIT) -> frozenset[frozenset[str]]:
     """The fewest coarse blocks to free so that every component is a tree or small enough to be dense.
 
     The block whose units have most children goes first: its site is the most concentrated, so freeing it costs least.
     """
-    free = forced
+    free: frozenset[frozenset[str]] = frozenset()
     while True:
         blocks = make_blocks(graph, free)
-        hard = [c for c in make_components(graph, blocks) if not c.tree and coordinates(c, cardinality) > DENSE_LIMIT]
+        hard = [c for c in make_components(graph, blocks) if not c.tree and coordinates(c, cardinality) > limit]
         if not hard:
             return free
 
