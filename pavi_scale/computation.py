@@ -272,7 +272,7 @@ class StudyComputation:
             for component in self.guide.components:
                 core = fit_core(LocalModel(component, reduced, values, weights.sites, 1), differentiable=False)
                 values.update(draw(core, noise, corrections).values)
-                if not component.resampled or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
+                if not component.finest or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
                     continue
                 for name, ratio in candidates(core, noise, int(task["samples"]), corrections).log_weight.items():
                     out[f"ratio/{name}"] = ratio[0].to(torch.float64).numpy()

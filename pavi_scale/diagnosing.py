@@ -15,7 +15,8 @@ from pavi_scale.server.protocol import Engine
 
 SAMPLES = 128  # draws per unit: a tail of 26
 LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
-UNITS = 100_000  # ground units whose k-hat is computed; the rest of a larger plate is left unknown (NaN)
+UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
+PROBED = 2_000
 
 
 def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], seed: int, tasks: Sequence[Mapping[str, Any]]) -> tuple[str, xr.Dataset]:
@@ -32,20 +33,16 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
             plates[name] = block.plates
             value = -1.0 if component.quadratic and not block.free else np.nan
             tables[name] = np.full([layout.cardinality[p] for p in block.plates], value)
-    if not guide.exact and guide.components:
+    if any(c.finest for c in guide.components):
         weight = state["pool/weight"]
         point = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), 0.5).clip(0, len(weight) - 1))]]
-        done = 0
-        for task in tasks:
+        for task in few(computation, tasks):
             (answer,) = engine.round("ratios", {**state, "points": point}, [{**task, "samples": SAMPLES, "seed": seed}])
             for key, ratios in answer.items():
                 if key.startswith("ratio/"):
                     name = f"khat_{key.removeprefix('ratio/').replace('*', '_')}"
                     at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
                     tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
-                    done += ratios.shape[1]
-            if done > UNITS:
-                break
     dataset = xr.Dataset({n: (plates[n], v) for n, v in tables.items()})
     for p in {p for ps in plates.values() for p in ps}:
         labels = computation.cohort.coordinate(p)
@@ -54,6 +51,17 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
     dataset["khat_root"] = float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
     dataset["khat"] = dataset[max(tables, key=lambda n: tables[n].size)] if tables else dataset["khat_root"]
     return status_of(facts, tables, root), dataset
+
+
+def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """All shards of a small study; of a large one, one shard of about `PROBED` units."""
+    split, layout = computation.settings.split, computation.layout
+    finest = [b for c in computation.guide.components for b in c.blocks if b.name in c.finest]
+    units = sum(math.prod(layout.cardinality[p] for p in b.plates) for b in finest)
+    if split is None or units <= UNITS:
+        return tasks
+    count = max(1, int(layout.cardinality[split] * PROBED / units))
+    return [{**tasks[0], "shard": (split, 0, count, True)}]
 
 
 def status_of(facts: Mapping[str, Any], tables: Mapping[str, np.ndarray], root: float | None) -> str:

@@ -341,7 +341,7 @@ def moment_points(study: Study) -> int:
     """Root points that the moments are averaged over: as many as a pass can afford."""
     layout = study.cohort.layout
     units = max((math.prod(layout.cardinality[p] for p in v.plates) for v in study.graph.model.of_kind("observed", "latent")), default=1)
-    return int(np.clip(2e7 // max(units, 1), 8, 512))
+    return int(np.clip(1e7 // max(units, 1), 4, 512))
 
 
 def write_root(writer: PosteriorWriter, computation: StudyComputation, state: Mapping[str, np.ndarray]) -> None:

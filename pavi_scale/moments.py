@@ -31,6 +31,9 @@ def conditional_moments(core: Core, z: Mapping[str, Tensor], name: str) -> tuple
     return gaussian.conditional(name, core.mode, z), variance
 
 
+MOST_CANDIDATES = 32  # per root point: hundreds of root points are averaged over
+
+
 class Moments:
     """Posterior means and standard deviations of a shard's latents, over a fixed set of root points.
 
@@ -61,7 +64,7 @@ class Moments:
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
             core = fit_core(local, differentiable=False)
             closed = {b.name for b in component.blocks if b.name not in component.resampled and all(self.guide.graph.links[n].identity for n in b.latents)}
-            times = component.candidates if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
+            times = min(component.candidates, MOST_CANDIDATES) if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
             found = candidates(core, self.noise, times, self.corrections)
             mine = {n for b in component.blocks for n in b.latents}
             values.update({n: Value(v.theta[::times], v.plates) for n, v in found.sample.values.items() if n in mine})

@@ -239,7 +239,7 @@ class Trainer:
             self.state = dict(resumed[0])
         schedule = Levelling()
         adam = self._adam(scale)
-        source = self._batches(self.study.settings.chunk // 8)
+        source = self._batches(self.study.settings.chunk // 16)
         tail: list[dict[str, np.ndarray]] = []
         step = 0
         while not schedule.done(time.monotonic() > self.deadline):
@@ -282,7 +282,7 @@ class Trainer:
             if best is not None and time.monotonic() > self.deadline:
                 break
             self.state = self._initial(point, scale, stream(self.seed, "start", attempt) % 2**31)
-            adam, source = self._adam(scale), self._batches(self.study.settings.chunk // 64)
+            adam, source = self._adam(scale), self._batches(self.study.settings.chunk // 32)
             values = [self._step(adam, source, 10_000_000 + 100_000 * attempt + i, 0.1) for i in range(RESTART_STEPS)]
             value = float(np.nan_to_num(np.mean(values[-10:]), nan=-math.inf))
             self.tell("start", value)

@@ -84,12 +84,17 @@ class Component:
         return "+".join(b.name for b in self.blocks)
 
     @property
-    def resampled(self) -> tuple[str, ...]:
-        """Blocks whose draws are importance-resampled: the finest ones of a tree that is not Gaussian."""
-        if self.quadratic or not self.tree or not self.candidates:
+    def finest(self) -> tuple[str, ...]:
+        """Blocks of a tree that is not Gaussian below which there is no other: given their parents, their units are independent."""
+        if self.quadratic or not self.tree:
             return ()
         above = {name for names in self.couplings.values() for name in names}
         return tuple(b.name for b in self.blocks if b.name not in above)
+
+    @property
+    def resampled(self) -> tuple[str, ...]:
+        """Blocks whose draws are picked among candidates by importance weight."""
+        return self.finest if self.candidates else ()
 
     @property
     def weighted(self) -> bool:

@@ -19,8 +19,9 @@ from pavi_scale.model.density import Aligned
 from pavi_scale.reduced import Reduced, Value
 
 MAX_ITERATIONS = 20
+LONGEST = 4.0  # conditional sds of one unguarded step
 MAX_SHORTENED = 24  # times that a step is shortened to a quarter before it is given up
-ENCODING_ITERATIONS = 3  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
+ENCODING_ITERATIONS = 2  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
 ROUGH_ITERATIONS = 12
 Coordinates = dict[str, Tensor]
 
@@ -360,8 +361,11 @@ class LocalModel:
 
     def _newton(self, z: Coordinates) -> tuple[Coordinates, int]:
         """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it."""
-        rough_is_enough = self.reduced.dtype == torch.float32
-        tolerance, limit = (1e-3, ENCODING_ITERATIONS) if rough_is_enough else (1e-9, MAX_ITERATIONS)
+        if self.reduced.dtype == torch.float32:  # an encoding for stochastic training: no search along the step
+            for _ in range(ENCODING_ITERATIONS):
+                z = {b: zb + step for (b, zb), step in zip(z.items(), self._bounded(self.expand(z, differentiable=False)), strict=True)}
+            return z, ENCODING_ITERATIONS
+        tolerance, limit = 1e-9, MAX_ITERATIONS
         expansion = self.expand(z, differentiable=False)
         settled = stuck = torch.zeros_like(expansion.value, dtype=torch.bool)
         for iteration in range(limit):
@@ -387,6 +391,16 @@ class LocalModel:
                 found = self.expand(trial, differentiable=False)
             z, expansion = trial, found
         return self._move(z, step, scale), limit
+
+    def _bounded(self, expansion: Expansion) -> list[Tensor]:
+        """Newton steps, in the order of the blocks, no longer than a few conditional sds where the component is not Gaussian."""
+        steps = []
+        for b, step in expansion.gaussian.step.items():
+            if isinstance(expansion.gaussian, Tree):
+                sd = expansion.gaussian.factor[b].diagonal(dim1=-2, dim2=-1).reciprocal()
+                step = step.clamp(-LONGEST * sd, LONGEST * sd)
+            steps.append(step)
+        return steps
 
     def _decrement(self, expansion: Expansion) -> Tensor:
         """|g . H^-1 g| per unit of the top block, `[K, n_top]`."""

@@ -153,21 +153,21 @@ class Candidates:
 
 
 def candidates(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Candidates:
-    """Draw M candidates for each particle; blocks that are not resampled are drawn once and held.
+    """Draw M candidates for each particle; coarser blocks are drawn once and held.
 
     A Gaussian conditional would give constant weights, so they tell how far the guide's conditional is from the model's.
     """
     component, k = core.local.component, core.local.particles
 
     def once(block: Block, shape: tuple[int, ...]) -> Tensor:
-        if block.name in component.resampled:
+        if block.name in component.finest:
             return noise(block, shape)
         return noise(block, (k, *shape[1:])).repeat_interleave(samples, 0)
 
     many = core.repeat(samples)
     local, reduced = many.local, many.local.reduced
     sample = draw(many, once, corrections)
-    weight = {b: -sample.log_q[b] for b in component.resampled}
+    weight = {b: -sample.log_q[b] for b in component.finest}
     for factor in component.factors:
         finest = factor.touches[-1][0]
         if finest in weight:

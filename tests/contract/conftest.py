@@ -83,7 +83,9 @@ def grid_moments(log_density: Callable[..., torch.Tensor], *axes: torch.Tensor) 
     return out
 
 
-def metropolis(log_density: Callable[[torch.Tensor], torch.Tensor], size: int, steps: int = 4000, chains: int = 256, start: float = 0.5, seed: int = 0) -> torch.Tensor:
+def metropolis(
+    log_density: Callable[[torch.Tensor], torch.Tensor], size: int, steps: int = 4000, chains: int = 256, start: float = 0.5, seed: int = 0
+) -> torch.Tensor:
     """Draws (n, size) by many parallel random-walk chains with differential-evolution proposals; the density takes (chains, size)."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(chains, size, generator=g, dtype=torch.float64) * start

@@ -93,7 +93,10 @@ MODELS = {
     "plate twice": (lambda: ps.Model(ps.Plate("i"), ps.Plate("i"), x=ps.observed(lambda: Normal(0.0, 1.0), plates="i")), "i"),
     "plates in a circle": (lambda: ps.Model(ps.Plate("g", within="i"), ps.Plate("i", within="g"), x=ps.observed(lambda: Normal(0.0, 1.0), plates="i")), "g"),
     "dim without a size": (lambda: model(mu=ps.latent(lambda: Normal(0.0, 1.0), dims="k"), theta=ps.latent(lambda mu: Normal(mu.sum(), 1.0), plates="g")), "k"),
-    "wrong missing": (lambda: ps.Model(ps.Plate("i"), m=ps.latent(lambda: Normal(0.0, 1.0)), x=ps.observed(lambda m: Normal(m, 1.0), plates="i", missing="drop")), "missing"),
+    "wrong missing": (
+        lambda: ps.Model(ps.Plate("i"), m=ps.latent(lambda: Normal(0.0, 1.0)), x=ps.observed(lambda m: Normal(m, 1.0), plates="i", missing="drop")),
+        "missing",
+    ),
 }
 
 

@@ -268,9 +268,7 @@ def beta_binomial(mcmc):
 
 def uniform_root(mcmc):
     y = np.array([1.2, 2.4, 3.1, 2.2])
-    model = ps.Model(
-        ps.Plate("i"), u=ps.latent(lambda: Uniform(-1.0, 3.0)), y=ps.observed(lambda u: Normal(u, 1.5), plates="i")
-    )
+    model = ps.Model(ps.Plate("i"), u=ps.latent(lambda: Uniform(-1.0, 3.0)), y=ps.observed(lambda u: Normal(u, 1.5), plates="i"))
     u = torch.linspace(-1, 3, 8001, dtype=torch.float64)
     w = torch.softmax(Normal(u, 1.5).log_prob(t(y)[:, None]).sum(0), 0)
     m = (w * u).sum()
@@ -366,7 +364,11 @@ def laplace_children_of_gamma_root(mcmc):
     def logp(z):
         a = z[:, :1].exp()
         theta = a * z[:, 1:]
-        return (Gamma(2.0, 2.0).log_prob(a) + z[:, :1])[:, 0] + Laplace(0.0, 1.0).log_prob(z[:, 1:]).sum(1) + Normal(theta[..., None], 0.8).log_prob(t(y)).sum((1, 2))
+        return (
+            (Gamma(2.0, 2.0).log_prob(a) + z[:, :1])[:, 0]
+            + Laplace(0.0, 1.0).log_prob(z[:, 1:]).sum(1)
+            + Normal(theta[..., None], 0.8).log_prob(t(y)).sum((1, 2))
+        )
 
     z = mcmc(logp, 9)
     return model, xr.Dataset({"y": (("g", "i"), y)}), {"a": summary(z[:, 0].exp()), "theta": summary(z[:, :1].exp() * z[:, 1:])}

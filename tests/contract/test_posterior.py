@@ -8,8 +8,9 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
-from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import Bernoulli, Categorical, HalfNormal, Independent, LogNormal, MixtureSameFamily, Normal
 
 import pavi_scale as ps
 from pavi_scale.errors import InputError
@@ -177,8 +178,6 @@ def test_elbo(fitted):
 
 def test_elbo_is_below_the_evidence(tmp_path):
     """A model with one latent whose evidence is a one-dimensional integral."""
-    import torch
-
     y = np.array([1, 1, 1, 0, 1, 1, 1, 1])
     model = ps.Model(ps.Plate("i"), a=ps.latent(lambda: Normal(0.0, 2.0)), y=ps.observed(lambda a: Bernoulli(logits=a), plates="i"))
     posterior = ps.fit(model, xr.Dataset({"y": ("i", y)}), run=tmp_path / "run")
@@ -266,8 +265,6 @@ def test_extend_with_labels_and_dense_plates(tmp_path, misses):
 
 
 def hcp():
-    from torch.distributions import HalfNormal, LogNormal
-
     return ps.Model(
         ps.Plate("subject"),
         ps.Plate("session"),
@@ -278,9 +275,7 @@ def hcp():
         sigma=ps.latent(lambda: HalfNormal(0.5), dims="network"),
         kappa=ps.latent(lambda: LogNormal(0.0, 1.0)),
         mu_subject=ps.latent(lambda mu, eps: Normal(mu, eps[:, None]), plates="subject", dims=("network", "feature")),
-        mu_session=ps.latent(
-            lambda mu_subject, sigma: Normal(mu_subject, sigma[:, None]), plates=("subject", "session"), dims=("network", "feature")
-        ),
+        mu_session=ps.latent(lambda mu_subject, sigma: Normal(mu_subject, sigma[:, None]), plates=("subject", "session"), dims=("network", "feature")),
         rho=ps.latent(lambda: Normal(0.0, 1.0), plates="vertex", dims="network"),
         label_logits=ps.latent(lambda rho: Normal(rho, 1.0), plates=("subject", "vertex"), dims="network"),
         x=ps.observed(
