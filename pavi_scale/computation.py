@@ -35,6 +35,7 @@ from pavi_scale.reduced import Reduced, Value, read
 from pavi_scale.rng import stream
 
 Arrays = Mapping[str, np.ndarray]
+FEW_CANDIDATES = 16
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,11 @@ class StudyComputation:
             reduced.absorbed[key] = core
         return reduced.absorbed[key]  # type: ignore[no-any-return]
 
+    def draws_per_unit(self, state: Arrays) -> int:
+        """Candidates of one draw: fewer where a trained correction brings them close, and costs more."""
+        trained = any(k.startswith("correction/") for k in state)
+        return min(self.guide.candidates, FEW_CANDIDATES) if trained else self.guide.candidates
+
     def prior_rows(self, block: Block, root: np.ndarray, count: int, seed: int) -> np.ndarray:
         """Initial free rows `[count, 2 d]`: near the conditional prior mean at a root point, with unit precision."""
         component = next(c for c in self.guide.components if block in c.blocks)
@@ -239,7 +245,7 @@ class StudyComputation:
     def task_bound(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """sum_n L_n(root_k) of a shard at `state["points"]` `[K, R]`, with gradients if the task asks for them."""
         reduced, shard = self.shard(task)
-        points, gradient, samples = state["points"], bool(task.get("gradient")), self.guide.candidates if task.get("weighted") else 0
+        points, gradient, samples = state["points"], bool(task.get("gradient")), self.draws_per_unit(state) if task.get("weighted") else 0
         weights = Weights(torch.zeros(0), torch.zeros(0, 0), {}, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))
         corrections = correctors(weights, reduced)
         size = self.per_chunk(reduced) // max(1, samples) or 1
@@ -339,7 +345,7 @@ class StudyComputation:
                 else:
                     value = self.guide.local_bound(
                         reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, bound=True,
-                        samples=max(1, self.guide.candidates), noise=noise, corrections=corrections,
+                        samples=max(1, self.draws_per_unit(state)), noise=noise, corrections=corrections,
                     )
                 parts.append(value.to(torch.float64).numpy())
         return {"bound": np.concatenate(parts)}
@@ -352,7 +358,7 @@ class StudyComputation:
         """
         reduced, shard = self.shard(task)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates))
-        moments = Moments(self.guide, reduced, self.weights(state, reduced), generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype), int(task["repeats"]))
+        moments = Moments(self.guide, reduced, self.weights(state, reduced), generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype), int(task["repeats"]), self.draws_per_unit(state))
         with torch.no_grad():
             for start in range(0, len(points), size):
                 part = points[start : start + size]

@@ -15,6 +15,7 @@ from pavi_scale.server.protocol import Engine
 
 SAMPLES = 128  # draws per unit: a tail of 26
 LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
+EFFICIENT = 0.3  # relative effective sample size that makes a high k-hat harmless
 UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
 PROBED = 2_000
 
@@ -26,6 +27,7 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
     """
     guide, layout = computation.guide, computation.layout
     tables: dict[str, np.ndarray] = {}
+    poor: list[np.ndarray] = []
     plates: dict[str, tuple[str, ...]] = {}
     for component in guide.components:
         for block in component.blocks:
@@ -43,6 +45,8 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
                     name = f"khat_{key.removeprefix('ratio/').replace('*', '_')}"
                     at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
                     tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
+                    w = np.exp(ratios - ratios.max(0))
+                    poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < EFFICIENT * len(w) * (w * w).sum(0)))
     dataset = xr.Dataset({n: (plates[n], v) for n, v in tables.items()})
     for p in {p for ps in plates.values() for p in ps}:
         labels = computation.cohort.coordinate(p)
@@ -50,7 +54,7 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
     root = facts.get("khat_root")
     dataset["khat_root"] = float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
     dataset["khat"] = dataset[max(tables, key=lambda n: tables[n].size)] if tables else dataset["khat_root"]
-    return status_of(facts, tables, root), dataset
+    return status_of(facts, poor, root), dataset
 
 
 def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -64,16 +68,18 @@ def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Se
     return [{**tasks[0], "shard": (split, 0, count, True)}]
 
 
-def status_of(facts: Mapping[str, Any], tables: Mapping[str, np.ndarray], root: float | None) -> str:
-    """`unconverged` if a search did not meet its criterion; `unreliable` if importance weights say that q is not near p."""
+def status_of(facts: Mapping[str, Any], poor: Sequence[np.ndarray], root: float | None) -> str:
+    """`unconverged` if a search did not meet its criterion; `unreliable` if several modes compete, or importance weights say that q is far from p.
+
+    Weights are far if their k-hat is above `LIMIT` and, too, their effective sample size is below `EFFICIENT` of the draws: of few draws
+    k-hat alone raises false alarms.
+    """
     if not facts["converged"]:
         return "unconverged"
     if facts.get("modes", 1) > 1:
         return "unreliable"
-    if root is not None and not root <= LIMIT + 0.1:
+    if root is not None and not root <= LIMIT and facts.get("efficiency", 0.0) < EFFICIENT:
         return "unreliable"
-    for table in tables.values():
-        known = table[np.isfinite(table)]
-        if known.size and (known > LIMIT).mean() > 0.2:
-            return "unreliable"
+    if poor and np.concatenate(poor).mean() > 0.1:
+        return "unreliable"
     return "ok" if all(math.isfinite(v) for _, v in facts["trace"][-1:] if v is not None) else "unconverged"

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping
@@ -96,8 +95,8 @@ def fit(
     opened = open_cohort(cohort, model)
     study = make_study(opened, config, client)
     opened.check_values()
-    check_disk(study, run)
     directory = Run.create(run)
+    check_disk(study, directory)
     with directory.lock():
         record(directory, opened, study, config)
         return complete(directory, study, config, client, progress)
@@ -152,14 +151,11 @@ def check_options(seed: int, max_time: float | None, device: str) -> None:
         raise InputError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
 
 
-def check_disk(study: Study, run: str | os.PathLike[str] | None) -> None:
+def check_disk(study: Study, run: Run) -> None:
     """Refuse a posterior that the run's disk has no room for."""
-    place = os.path.abspath(os.fspath(run)) if run is not None else tempfile.gettempdir()
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(run.path).free
     if study.plan.disk_bytes > free:
-        raise PlanRefused("the posterior does not fit on the disk", where=place, expected=f"{format_bytes(study.plan.disk_bytes)} free", got=format_bytes(free), remedy="free some space, or choose another run path")
+        raise PlanRefused("the posterior does not fit on the disk", where=run.path, expected=f"{format_bytes(study.plan.disk_bytes)} free", got=format_bytes(free), remedy="free some space, or choose another run path")
 
 
 # -- preparation ----------------------------------------------------------------------------------------------------------------
@@ -307,7 +303,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
     khat = fitted.khat if math.isfinite(fitted.khat) else None
     late = time.monotonic() > deadline
     trace = [[stage, value if math.isfinite(value) else None] for stage, value in fitted.trace]
-    return {"phase": "trained", "converged": bool(fitted.converged and not late), "khat_root": khat, "modes": fitted.modes, "trace": trace, "seconds": seconds}
+    return {"phase": "trained", "converged": bool(fitted.converged and not late), "khat_root": khat, "modes": fitted.modes, "efficiency": fitted.efficiency, "trace": trace, "seconds": seconds}
 
 
 def write_posterior(run: Run, study: Study, computation: StudyComputation, engine: Engine, state: dict[str, np.ndarray], facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def refit(
         on_step: Told of each round.
     """
     r = len(mode)
-    proposals = [StudentT(mode, _chol(1.2 * cov), 6.0)]
+    proposals = [StudentT(mode, _chol(1.5 * cov), 4.0)]
     points, values = np.empty((0, r)), np.empty(0)
     trace: list[tuple[str, int, float, float]] = []
     weight, khat = np.empty(0), math.inf
@@ -203,7 +203,7 @@ def refit(
         cov = trust * sample_cov + (1 - trust) * cov
         if ess >= target or len(values) >= max_points or time.monotonic() > deadline:
             break
-        proposals.append(StudentT(mean, _chol(1.1 * cov), 6.0 if block % 2 else 20.0))
+        proposals.append(StudentT(mean, _chol((1.1 if block % 2 else 2.5) * cov), 4.0))
     return Pool(points, values, weight, khat, StudentT(mean, _chol(cov)), True, trace)
 
 

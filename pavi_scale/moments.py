@@ -46,10 +46,11 @@ class Moments:
         weights: Sites and corrections of its units.
         noise: Standard normals.
         repeats: Local draws per root point, where draws are needed.
+        most: Most candidates per draw.
     """
 
-    def __init__(self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int) -> None:
-        self.guide, self.reduced, self.weights, self.noise, self.repeats = guide, reduced, weights, noise, repeats
+    def __init__(self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int) -> None:
+        self.guide, self.reduced, self.weights, self.noise, self.repeats, self.most = guide, reduced, weights, noise, repeats, min(most, MOST_CANDIDATES)
         self.corrections = correctors(weights, reduced)
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
@@ -64,7 +65,7 @@ class Moments:
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
             core = fit_core(local, differentiable=False)
             closed = {b.name for b in component.blocks if b.name not in component.resampled and all(self.guide.graph.links[n].identity for n in b.latents)}
-            times = min(component.candidates, MOST_CANDIDATES) if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
+            times = min(component.candidates, self.most) if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
             found = candidates(core, self.noise, times, self.corrections)
             mine = {n for b in component.blocks for n in b.latents}
             values.update({n: Value(v.theta[::times], v.plates) for n, v in found.sample.values.items() if n in mine})

@@ -10,6 +10,9 @@ from rich.progress import Progress as RichProgress
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
+LINE_SECONDS = 10.0
+
+
 class Progress:
     """A spinner with the present stage, its steps, bound and rate; silent if not wanted.
 
@@ -18,13 +21,21 @@ class Progress:
     """
 
     def __init__(self, show: bool) -> None:
-        self._bar = RichProgress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True, disable=not show)
+        self._show, self._console, self._told = show, Console(stderr=True), time.monotonic()
+        self._bar = RichProgress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self._console, transient=True, disable=not show or not self._console.is_terminal)
         self._task = self._bar.add_task("start")
         self._stage, self._steps, self._since = "", 0, time.monotonic()
+
+    def _line(self, text: str) -> None:
+        """Where standard error is not a terminal: one plain line per stage, and every few seconds."""
+        if self._show and not self._console.is_terminal:
+            self._console.print(text, highlight=False)
+            self._told = time.monotonic()
 
     def stage(self, name: str) -> None:
         """Enter a stage."""
         if name != self._stage:
+            self._line(name)
             self._stage, self._steps, self._since = name, 0, time.monotonic()
             self._bar.update(self._task, description=name)
 
@@ -34,7 +45,10 @@ class Progress:
         self._steps += 1
         rate = self._steps / max(time.monotonic() - self._since, 1e-9)
         done = f", {100 * share:.0f} %" if share == share else ""
-        self._bar.update(self._task, description=f"{stage}: step {self._steps}, bound {value:,.3f}, {rate:.1f}/s{done}")
+        text = f"{stage}: step {self._steps}, bound {value:,.3f}, {rate:.1f}/s{done}"
+        self._bar.update(self._task, description=text)
+        if time.monotonic() - self._told > LINE_SECONDS:
+            self._line(text)
 
     def __enter__(self) -> Progress:
         self._bar.start()

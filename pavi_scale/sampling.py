@@ -91,7 +91,7 @@ class GuideSampler:
                 for component in components:
                     core = fit_core(LocalModel(component, reduced, values, weights.sites, len(part)), differentiable=False)
                     if component.resampled:
-                        values.update(resample(core, candidates(core, noise, component.candidates, corrections), self._uniforms(selection, component, part)))
+                        values.update(resample(core, candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections), self._uniforms(selection, component, part)))
                     else:
                         values.update(draw(core, noise, corrections).values)
                 for n in names:

@@ -18,6 +18,7 @@ from scipy.stats import norm, qmc
 
 from pavi_scale.batching import batches, closure, shards, splittable
 from pavi_scale.computation import StudyComputation, flat_positions
+from pavi_scale.guide.blocks import coordinates
 from pavi_scale.guide.root import StudentT
 from pavi_scale.marginal import Pool, find_mode, other_modes, polish, refit, whitening
 from pavi_scale.optimizers import Adam
@@ -28,10 +29,15 @@ from pavi_scale.starts import start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
-REFIT_SECONDS = 30.0
-SEARCH_SECONDS = 20.0  # of looking for modes of the root, after which the best one so far is polished
+SEARCH_SECONDS = 10.0  # modelled, of looking for one mode of the root
+REFIT_SECONDS = 20.0  # modelled, of the importance refit
+SECONDS_PER_VALUE = 1e-7  # of one value, column of its Hessian and particle; one thread
+SECONDS_PER_FLOP = 5e-11
+TYPICAL_ITERATIONS = 6  # Newton steps to a mode
 RESTART_STEPS = 40
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
+WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
+LEAST_SHARDS = 4
 WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
 
 
@@ -45,6 +51,7 @@ class Fitted:
         converged: Whether every search met its criterion.
         khat: Pareto k-hat of the root's importance weights.
         modes: Distinct modes of comparable height that were found.
+        efficiency: Effective sample size of the root's weights over their number.
     """
 
     state: dict[str, np.ndarray]
@@ -52,6 +59,7 @@ class Fitted:
     converged: bool
     khat: float
     modes: int = 1
+    efficiency: float = 0.0
 
 
 @dataclass
@@ -73,25 +81,23 @@ class Trainer:
     report: Report
     trace: list[tuple[str, float]] = field(default_factory=list)
     state: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds_per_point: float = 0.0
     modes: int = 1
 
     def tasks(self, **extra: Any) -> list[dict[str, Any]]:
         """One task per shard of the cohort."""
         length = shard_length(self.study)
         n = self.study.layout.cardinality.get(self.study.settings.split or "", 1)
-        length = min(length, max(1, math.ceil(n / self.engine.parallelism)))
+        if self.cost(weighted=False) > WORTH_SHARING:
+            length = min(length, max(1, math.ceil(n / LEAST_SHARDS)))  # whoever computes, the shards are the same
         return [{"shard": (s.plate, s.start, s.stop, s.first), "seed": self.seed, **extra} for s in shards(self.study.layout, self.study.settings.split, length)]
 
     def bound(self, points: np.ndarray, gradient: bool, weighted: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """L at root points `[K, R]`, over all shards; `weighted` for the importance-weighted value where cores are not exact."""
-        began = time.monotonic()
         state = {**self.state, "points": np.ascontiguousarray(points)}
         answers = self.engine.round("bound", state, self.tasks(gradient=gradient, weighted=weighted))
         z = torch.tensor(points, dtype=torch.float64, requires_grad=gradient)
         prior = self.study.space.log_prior(z)
         value = prior.detach().numpy() + sum(a["bound"] for a in answers)
-        self.seconds_per_point = (time.monotonic() - began) / len(points)
         if not gradient:
             return value, None
         (own,) = torch.autograd.grad(prior.sum(), z, allow_unused=True, materialize_grads=True) if prior.requires_grad else (torch.zeros_like(z),)
@@ -113,9 +119,12 @@ class Trainer:
             self._improve(np.zeros((1, 0)), trained)
             return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0)
         draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
-        cheap = 64 if self._cost() < 0.05 else 16
-        starts = np.concatenate([start_points(self.study, draws, self.seed), draws[:cheap]])
-        found = find_mode(self.bound, starts, starts=4 if self._cost() < 0.02 else 2 if self._cost() < 0.2 else 1, max_evaluations=200, deadline=min(self.deadline, time.monotonic() + SEARCH_SECONDS), on_step=self.tell)
+        cost = self.cost(weighted=False)
+        starts = np.concatenate([start_points(self.study, draws, self.seed), draws[: 64 if cost < 0.05 else 16]])
+        found = find_mode(
+            self.bound, starts, starts=3 if cost < 0.02 else 2 if cost < 0.2 else 1, max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)),
+            deadline=self.deadline, on_step=self.tell,
+        )
         mode = found[0][0]
         _, scale = whitening(draws)
         mode, cov, converged = polish(self.bound, mode, scale, 4)
@@ -123,20 +132,30 @@ class Trainer:
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
         self._improve(points, trained)
-        self.bound(points[:8], False, weighted=True)  # what one point costs
-        limit = max(32, int(25.0 / max(self.seconds_per_point, 1e-6)))
+        limit = int(np.clip(REFIT_SECONDS / self.cost(weighted=True), 32, 8192))
         if space.dim > 40 or limit < 20 * space.dim:
             return self._gaussian(gaussian, converged)
         pool = refit(
             lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
-            max_points=min(8192, limit), deadline=min(self.deadline, time.monotonic() + REFIT_SECONDS), on_step=self.tell,
+            max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
         )
         return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
 
-    def _cost(self) -> float:
-        if not self.seconds_per_point:
-            self.bound(np.median(self.study.space.prior_draws(16, self.seed % 2**31), axis=0)[None], False)
-        return self.seconds_per_point
+    def cost(self, weighted: bool) -> float:
+        """Modelled seconds of L at one point: a function of sizes alone, so that the same seed does the same work on any machine."""
+        study, total = self.study, 0.0
+        for component in study.guide.components:
+            for factor in component.factors:
+                v = study.graph.model.variables[factor.variable]
+                values = math.prod(study.layout.cardinality[p] for p in v.plates) * math.prod(study.graph.shape(v))
+                columns = sum(len(component.columns(b, n)) for b in component.blocks for n in dict(factor.touches).get(b.name, ()))
+                draws = component.candidates if weighted else 0
+                total += values * ((2 + columns) * (1 if component.quadratic else TYPICAL_ITERATIONS) + draws) * SECONDS_PER_VALUE
+            if not component.tree:
+                total += coordinates(component, study.layout.cardinality) ** 3 * SECONDS_PER_FLOP * (1 if component.quadratic else TYPICAL_ITERATIONS)
+        for v in study.guide.plain:
+            total += math.prod(study.layout.cardinality[p] for p in v.plates) * math.prod(study.graph.shape(v)) * SECONDS_PER_VALUE
+        return max(total, 1e-5)
 
     def _normals(self, name: str, count: int, dim: int) -> np.ndarray:
         sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random_base2(max(1, math.ceil(math.log2(count))))[:count, :dim]
@@ -145,7 +164,7 @@ class Trainer:
     def _gaussian(self, gaussian: StudentT, converged: bool) -> Fitted:
         """Large data or many roots: the normal approximation, checked by one round of importance weights."""
         dim = len(gaussian.loc)
-        count = max(16, min(64, int(10.0 / max(self.seconds_per_point, 1e-6))))
+        count = int(np.clip(10.0 / self.cost(weighted=True), 16, 64))
         z = gaussian.sample(self._normals("check", count, dim), np.full(count, 0.5))
         value, _ = self.bound(z, False, weighted=True)
         ratio = value - gaussian.log_prob(z)
@@ -158,7 +177,7 @@ class Trainer:
     def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float) -> Fitted:
         raw = np.tril(gaussian.chol, -1) + np.diag(np.log(np.maximum(np.diagonal(gaussian.chol), 1e-300)))
         state = {**self.state, "pool/points": points, "pool/weight": weight, "root/loc": gaussian.loc, "root/raw": raw}
-        return Fitted(state, self.trace, converged, khat, self.modes)
+        return Fitted(state, self.trace, converged, khat, self.modes, float(1.0 / np.sum(weight**2) / len(weight)))
 
     # -- learned corrections ------------------------------------------------------------------------------------------------
 

@@ -96,4 +96,7 @@ def measure(job: Job) -> Found:
         if name == "eight_schools":
             note, found.details["tau"] = scale_quantiles(posterior, reference)
             found.notes.append(note)
+    total = sum(row["scalars"] for row in found.rows)
+    pooled = {key: sum(row[key] * row["scalars"] for row in found.rows) / total for key in ("wide", "narrow")}
+    found.notes.append(f"all {total} scalars together: wide {pooled['wide']:.4f}, narrow {pooled['narrow']:.4f}")
     return found
