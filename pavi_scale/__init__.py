@@ -11,5 +11,6 @@ from pavi_scale.report import report
 
 __version__ = "0.1.0"
 __all__ = [
-    "Model", "Plate", "Posterior", "covariate", "fit", "from_table", "latent", "laws", "observed", "open_cohort", "open_posterior", "plan", "report", "resume", "simulate",
+    "Model", "Plate", "Posterior", "covariate", "fit", "from_table", "latent", "laws", "observed",
+    "open_cohort", "open_posterior", "plan", "report", "resume", "simulate",
 ]

@@ -116,7 +116,9 @@ def split_plate(model: Model, layout: Layout, components: Sequence[Component]) -
     candidates = splittable(model, components)
 
     def load(plate: str) -> int:
-        return sum(math.prod(layout.cardinality[p] for p in v.plates) for v in model.of_kind("observed", "latent") if lies_below(model.plates, v.plates, (plate,)))
+        return sum(
+            math.prod(layout.cardinality[p] for p in v.plates) for v in model.of_kind("observed", "latent") if lies_below(model.plates, v.plates, (plate,))
+        )
 
     return max(candidates, key=load, default=None)
 

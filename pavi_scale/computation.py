@@ -5,11 +5,10 @@ A task names ground units; a `StudyComputation` reads their data (and keeps them
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import Block, Component
 from pavi_scale.guide.correction import Corrections, observations
 from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.root import RootSpace
@@ -33,34 +33,10 @@ from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
 from pavi_scale.reduced import Reduced, Value, read
 from pavi_scale.rng import stream
+from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a study is computed; plain data, recorded with the run.
-
-    Args:
-        free: Plate sets with free encodings.
-        schemes: Block name -> scheme of its learned correction.
-        structure: What `probe` found of the components, and the candidates of each draw.
-        split: The plate that shards divide.
-        dtype: "float64" or "float32".
-        threads: torch threads of a task.
-        cache_bytes: Data kept between rounds, per process.
-        chunk: Ground units x particles computed at once.
-    """
-
-    free: tuple[tuple[str, ...], ...] = ()
-    schemes: Mapping[str, str] = field(default_factory=dict)
-    structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    split: str | None = None
-    dtype: str = "float64"
-    threads: int = 1
-    cache_bytes: int = 1 << 30
-    chunk: int = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -80,27 +56,6 @@ class StudySpec:
         """Open the cohort and build the guide."""
         cohort = self.cohort.open(self.model)
         return StudyComputation(make_graph(cohort), cohort, self.settings)
-
-
-@contextlib.contextmanager
-def precision(dtype: torch.dtype) -> Iterator[None]:
-    """Default dtype inside, so that constants written in laws have the precision of the computation."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def make_graph(cohort: Cohort) -> Graph:
-    """The cohort's model with event sizes, its laws looked at once with the first unit's covariates."""
-    example = {}
-    for v in cohort.model.of_kind("covariate"):
-        first = cohort.read(v.name, {p: np.arange(1) for p in v.plates})
-        example[v.name] = torch.as_tensor(first.reshape(first.shape[len(v.plates) :])).to(torch.float64)
-    with precision(torch.float64):
-        return Graph(cohort.model, cohort.event_sizes, example)
 
 
 class StudyComputation:
@@ -174,9 +129,12 @@ class StudyComputation:
                 if not mine:
                     continue
                 core = fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False)
+                gaussian = core.expansion.gaussian
+                if not isinstance(gaussian, Tree):
+                    continue  # the blocks of a dense component are not resampled, and have no correction
                 for block in mine:
                     part = made.part(block.name)
-                    part.standardise(context(core, core.expansion.gaussian, block.name))
+                    part.standardise(context(core, gaussian, block.name))
                     if part.encoder is not None:
                         part.encoder.standardise(observations(reduced, block)[0])
         self._corrections = None
@@ -259,7 +217,11 @@ class StudyComputation:
             )
             bounds.append(value.detach().to(torch.float64).numpy())
             if gradient:
-                grads.append(torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)[0].to(torch.float64).numpy() if value.requires_grad else np.zeros(z.shape))
+                if value.requires_grad:
+                    (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
+                    grads.append(grad.to(torch.float64).numpy())
+                else:
+                    grads.append(np.zeros(z.shape))
         out = {"bound": np.concatenate(bounds)}
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
 
@@ -335,13 +297,17 @@ class StudyComputation:
         reduced, shard = self.shard(task)
         weights = self.weights(state, reduced)
         corrections = correctors(weights, reduced)
-        points, size, noise = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates)), generator_noise(stream(int(task["seed"]), "elbo", shard.start), self.dtype)
+        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates))
+        noise = generator_noise(stream(int(task["seed"]), "elbo", shard.start), self.dtype)
         parts = []
         with torch.no_grad():
             for start in range(0, len(points), size):
                 z = torch.tensor(points[start : start + size], dtype=self.dtype)
                 if self.guide.free:
-                    value = local_elbo(self.guide, reduced, self.space.values(z), weights, noise, particles=len(z), differentiable=False, split=shard.plate, first=shard.first)
+                    value = local_elbo(
+                        self.guide, reduced, self.space.values(z), weights, noise,
+                        particles=len(z), differentiable=False, split=shard.plate, first=shard.first,
+                    )
                 else:
                     value = self.guide.local_bound(
                         reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, bound=True,
@@ -358,7 +324,8 @@ class StudyComputation:
         """
         reduced, shard = self.shard(task)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates))
-        moments = Moments(self.guide, reduced, self.weights(state, reduced), generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype), int(task["repeats"]), self.draws_per_unit(state))
+        noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
+        moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
         with torch.no_grad():
             for start in range(0, len(points), size):
                 part = points[start : start + size]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from pavi_scale.computation import StudyComputation
 from pavi_scale.psis import khat
@@ -18,10 +17,13 @@ LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehta
 EFFICIENT = 0.3  # relative effective sample size that makes a high k-hat harmless
 UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
 PROBED = 2_000
+Table = tuple[tuple[str, ...], np.ndarray | float]  # dimensions and values
 
 
-def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], seed: int, tasks: Sequence[Mapping[str, Any]]) -> tuple[str, xr.Dataset]:
-    """Status and the group `diagnostics`: `khat` of the finest block, `khat_<block>` of each, `khat_root`.
+def diagnose(
+    computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], seed: int, tasks: Sequence[Mapping[str, Any]],
+) -> tuple[str, dict[str, Table]]:
+    """Status and the arrays of the group `diagnostics`: `khat` of the finest block, `khat_<block>` of each, `khat_root`.
 
     Linear-Gaussian components have constant importance weights: k-hat -1, nothing is computed.
     """
@@ -47,14 +49,11 @@ def diagnose(computation: StudyComputation, engine: Engine, state: Mapping[str, 
                     tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
                     w = np.exp(ratios - ratios.max(0))
                     poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < EFFICIENT * len(w) * (w * w).sum(0)))
-    dataset = xr.Dataset({n: (plates[n], v) for n, v in tables.items()})
-    for p in {p for ps in plates.values() for p in ps}:
-        labels = computation.cohort.coordinate(p)
-        dataset = dataset.assign_coords({p: labels}) if labels is not None else dataset
     root = facts.get("khat_root")
-    dataset["khat_root"] = float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
-    dataset["khat"] = dataset[max(tables, key=lambda n: tables[n].size)] if tables else dataset["khat_root"]
-    return status_of(facts, poor, root), dataset
+    found: dict[str, Table] = {n: (plates[n], v) for n, v in tables.items()}
+    found["khat_root"] = (), float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
+    found["khat"] = found[max(tables, key=lambda n: tables[n].size)] if tables else found["khat_root"]
+    return status_of(facts, poor, root), found
 
 
 def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,11 @@ def correctors(weights: Weights, reduced: Reduced) -> dict[str, Correction]:
     corrections = weights.corrections
     if corrections is None:
         return {}
-    return {b: (lambda u, core, b=b: corrections.apply_to(b, u, core, reduced, weights.residuals.get(b))) for b in corrections.names()}
+
+    def corrected(name: str, u: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+        return corrections.apply_to(name, u, core, reduced, weights.residuals.get(name))
+
+    return {b: partial(corrected, b) for b in corrections.names()}
 
 
 def reduced_elbo(guide: Guide, reduced: Reduced, space: RootSpace, weights: Weights, eps: Tensor, noise: Noise) -> Tensor:

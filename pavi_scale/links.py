@@ -74,5 +74,7 @@ def make_link(support: constraints.Constraint, event_shape: tuple[int, ...], nam
     try:
         transform = biject_to(support)
     except NotImplementedError as error:
-        raise ModelError("no bijection onto the support of this latent", where=f"latent {name!r}", expected="real, positive, interval, simplex, ...", got=str(support)) from error
+        raise ModelError(
+            "no bijection onto the support of this latent", where=f"latent {name!r}", expected="real, positive, interval, simplex, ...", got=str(support)
+        ) from error
     return Link(transform, tuple(event_shape), tuple(transform.inverse_shape(torch.Size(event_shape))))

@@ -63,7 +63,9 @@ def whitening(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mid, np.maximum(0.5 * (high - low), 1e-3)
 
 
-def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, deadline: float, on_step: Callable[[str, float], None]) -> list[tuple[np.ndarray, float]]:
+def find_mode(
+    bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, deadline: float, on_step: Callable[[str, float], None]
+) -> list[tuple[np.ndarray, float]]:
     """Modes of L by L-BFGS in prior-whitened coordinates.
 
     Args:
@@ -82,7 +84,12 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
     value, _ = bound(first, False)
     value = np.where(np.isfinite(value), value, -np.inf)
     if not np.isfinite(value).any():
-        raise NumericalError("the bound is not finite at any prior draw of the root variables", expected="a finite log-density", got=f"{len(first)} non-finite values", remedy="check the laws' supports against the data")
+        raise NumericalError(
+            "the bound is not finite at any prior draw of the root variables",
+            expected="a finite log-density",
+            got=f"{len(first)} non-finite values",
+            remedy="check the laws' supports against the data",
+        )
 
     def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
         v, g = bound((loc + scale * y)[None], True)
@@ -99,7 +106,14 @@ def find_mode(bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: 
     for i in np.argsort(-value, kind="stable")[:starts]:
         if not np.isfinite(value[i]) or (found and time.monotonic() > deadline):
             continue
-        result = minimize(objective, (first[i] - loc) / scale, jac=True, method="L-BFGS-B", callback=in_time, options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5})
+        result = minimize(
+            objective,
+            (first[i] - loc) / scale,
+            jac=True,
+            method="L-BFGS-B",
+            callback=in_time,
+            options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5},
+        )
         found.append((loc + scale * result.x, -float(result.fun)))
     return sorted(found, key=lambda f: -f[1])
 

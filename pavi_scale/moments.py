@@ -49,7 +49,7 @@ class Moments:
         most: Most candidates per draw.
     """
 
-    def __init__(self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int) -> None:
+    def __init__(self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int = MOST_CANDIDATES) -> None:
         self.guide, self.reduced, self.weights, self.noise, self.repeats, self.most = guide, reduced, weights, noise, repeats, min(most, MOST_CANDIDATES)
         self.corrections = correctors(weights, reduced)
         self.first: dict[str, Tensor] = {}

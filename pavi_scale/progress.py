@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import Progress as RichProgress
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-
 LINE_SECONDS = 10.0
 
 
@@ -22,7 +21,14 @@ class Progress:
 
     def __init__(self, show: bool) -> None:
         self._show, self._console, self._told = show, Console(stderr=True), time.monotonic()
-        self._bar = RichProgress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self._console, transient=True, disable=not show or not self._console.is_terminal)
+        self._bar = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not show or not self._console.is_terminal,
+        )
         self._task = self._bar.add_task("start")
         self._stage, self._steps, self._since = "", 0, time.monotonic()
 

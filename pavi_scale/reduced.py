@@ -39,7 +39,9 @@ class Reduced:
         partial: Whether `data` may lack variables (those that are never asked for).
     """
 
-    def __init__(self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: str = "cpu", partial: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: str = "cpu", partial: bool = False
+    ) -> None:
         self.graph, self.selection, self.dtype, self.device = graph, selection, dtype, device
         self.data: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}

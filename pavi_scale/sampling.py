@@ -5,6 +5,7 @@ Draw d of a ground unit is a function of (seed, block, ground index, d): the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from pavi_scale import rng
 from pavi_scale.batching import closure, shards, splittable
-from pavi_scale.computation import Arrays, StudyComputation, flat_positions, precision
+from pavi_scale.computation import Arrays, StudyComputation, flat_positions
 from pavi_scale.elbo import correctors, log_root
 from pavi_scale.guide.blocks import Block, Component, lies_below
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.local import candidates, draw, fit_core, resample
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
+from pavi_scale.settings import precision
 
 
 def needed(components: Sequence[Component], computation: StudyComputation, names: Sequence[str]) -> list[Component]:
@@ -91,7 +93,8 @@ class GuideSampler:
                 for component in components:
                     core = fit_core(LocalModel(component, reduced, values, weights.sites, len(part)), differentiable=False)
                     if component.resampled:
-                        values.update(resample(core, candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections), self._uniforms(selection, component, part)))
+                        tried = candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections)
+                        values.update(resample(core, tried, self._uniforms(selection, component, part)))
                     else:
                         values.update(draw(core, noise, corrections).values)
                 for n in names:
@@ -172,12 +175,10 @@ def shard_length(study: StudyComputation, particles: int = 1) -> int:
     if split is None:
         return 1
     layout = study.layout
-    values = 0
-    for v in study.graph.model.of_kind("observed", "latent"):
-        if lies_below(layout.plates, v.plates, (split,)):
-            values += int(np.prod([layout.cardinality[p] for p in v.plates])) * max(1, int(np.prod(study.graph.shape(v))))
-    per_unit = max(1.0, values / layout.cardinality[split])
-    length = max(1, int(8 * study.settings.chunk / (per_unit * particles)))
+    below = [v.plates for v in study.graph.model.of_kind("observed", "latent") if lies_below(layout.plates, v.plates, (split,))]
+    units = max(math.prod(layout.cardinality[p] for p in plates) for plates in below)
+    # Two particles of a shard fill a chunk: fewer, longer tasks, and the data of a shard read once for both.
+    length = max(1, int(study.settings.chunk * layout.cardinality[split] / (2 * particles * units)))
     chunk = study.cohort.chunk(split)
     if chunk and length > chunk:
         length -= length % chunk

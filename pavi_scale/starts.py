@@ -43,7 +43,8 @@ def centres(study: StudyComputation, name: str, seed: int) -> tuple[str, list[np
             k = graph.shape(v)[0]
             if len(sample) < 4 * k:
                 return None
-            sets = [kmeans2(sample, k, iter=20, minit="++", seed=np.random.default_rng(stream(seed, name, i) % 2**63), missing="warn")[0] for i in range(MIXTURE_STARTS)]
+            generators = [np.random.default_rng(stream(seed, name, i) % 2**63) for i in range(MIXTURE_STARTS)]
+            sets = [kmeans2(sample, k, iter=20, minit="++", seed=generator, missing="warn")[0] for generator in generators]
             return name, [s.reshape(graph.shape(v)) for s in sets]
     return None
 

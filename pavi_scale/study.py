@@ -12,7 +12,7 @@ import torch
 
 from pavi_scale.batching import closure, split_plate, splittable
 from pavi_scale.cohort import Cohort
-from pavi_scale.computation import Settings, StudySpec, make_graph, precision
+from pavi_scale.computation import StudySpec
 from pavi_scale.errors import CohortError, InputError, PlanRefused
 from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, make_blocks, make_components
 from pavi_scale.guide.guide import Guide, probe
@@ -21,6 +21,7 @@ from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
 from pavi_scale.planning import Plan, make_plan
 from pavi_scale.reduced import Reduced, Value, read
+from pavi_scale.settings import Settings, make_graph, precision
 
 CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
@@ -75,7 +76,9 @@ def schemes_of(encoding: Encoding, blocks: list[Block], plates: Mapping[str, obj
             names = key.replace("*", ",").split(",") if isinstance(key, str) else list(key)  # type: ignore[call-overload]
             where = frozenset(n.strip() for n in names)
             if not any(frozenset(b.plates) == where for b in blocks):
-                raise InputError("encoding names plates that no latent lives on", where="encoding", expected=f"one of {[b.name for b in blocks]}", got=repr(key))
+                raise InputError(
+                    "encoding names plates that no latent lives on", where="encoding", expected=f"one of {[b.name for b in blocks]}", got=repr(key)
+                )
             table[where] = scheme
     for scheme in table.values():
         if scheme not in SCHEMES:
@@ -99,7 +102,12 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
     free = choose_free(graph, cardinality)
     for block in make_blocks(graph, free):
         if block.free and schemes[block.name] in ("encoder", "hybrid"):
-            raise InputError("this block cannot have the scheme: its pool of data is not local", where=f"encoding of {block.name!r}", expected="'auto' or 'free'", got=schemes[block.name])
+            raise InputError(
+                "this block cannot have the scheme: its pool of data is not local",
+                where=f"encoding of {block.name!r}",
+                expected="'auto' or 'free'",
+                got=schemes[block.name],
+            )
     structure = look(graph, cohort, free, seed)
     costly = [c for c in make_components(graph, make_blocks(graph, free)) if not c.tree and not structure[c.name]["quadratic"]]
     if any(coordinates(c, cardinality) > DENSE_NEWTON_LIMIT for c in costly):
@@ -119,7 +127,13 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
     plan = make_plan(guide, cohort.layout, values * itemsize, budget, processes=processes, itemsize=itemsize, chunk=1 << 18, needs_whole=whole or split is None)
     for c in guide.components:
         if not c.tree and coordinates(c, cardinality) > 4 * DENSE_LIMIT:
-            raise PlanRefused("a crossed component is too large to be solved at once", where=c.name, expected=f"at most {4 * DENSE_LIMIT:,} coordinates", got=f"{coordinates(c, cardinality):,}", remedy="give its coarsest plates encoding='free'")
+            raise PlanRefused(
+                "a crossed component is too large to be solved at once",
+                where=c.name,
+                expected=f"at most {4 * DENSE_LIMIT:,} coordinates",
+                got=f"{coordinates(c, cardinality):,}",
+                remedy="give its coarsest plates encoding='free'",
+            )
     trained = tuple(b.name for b in guide.blocks if schemes[b.name] in LEARNED and not b.free)
     kinds = {b.name: schemes[b.name] if schemes[b.name] in LEARNED else "likelihood" for b in guide.blocks if not b.free}
     settings = Settings(
@@ -145,7 +159,13 @@ def check_supports(graph: Graph, cohort: Cohort) -> None:
         good = graph.supports[v.name].check(x)
         if not bool(good.all()):
             at = [int(i) for i in torch.nonzero(~good)[0]]
-            raise CohortError("observation outside the support of its law", where=f"variable {v.name!r}, position {dict(zip((*v.plates, *v.dims), at, strict=False))}", expected=str(graph.supports[v.name]), got=float(x[tuple(at)].flatten()[0]), remedy="choose another law, or correct the data")
+            raise CohortError(
+                "observation outside the support of its law",
+                where=f"variable {v.name!r}, position {dict(zip((*v.plates, *v.dims), at, strict=False))}",
+                expected=str(graph.supports[v.name]),
+                got=float(x[tuple(at)].flatten()[0]),
+                remedy="choose another law, or correct the data",
+            )
 
 
 def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Reduced:

@@ -34,7 +34,8 @@ REFIT_SECONDS = 20.0  # modelled, of the importance refit
 SECONDS_PER_VALUE = 1e-7  # of one value, column of its Hessian and particle; one thread
 SECONDS_PER_FLOP = 5e-11
 TYPICAL_ITERATIONS = 6  # Newton steps to a mode
-RESTART_STEPS = 40
+RESTART_STEPS = 25
+PRIOR_STARTS = 4
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
@@ -89,7 +90,8 @@ class Trainer:
         n = self.study.layout.cardinality.get(self.study.settings.split or "", 1)
         if self.cost(weighted=False) > WORTH_SHARING:
             length = min(length, max(1, math.ceil(n / LEAST_SHARDS)))  # whoever computes, the shards are the same
-        return [{"shard": (s.plate, s.start, s.stop, s.first), "seed": self.seed, **extra} for s in shards(self.study.layout, self.study.settings.split, length)]
+        found = shards(self.study.layout, self.study.settings.split, length)
+        return [{"shard": (s.plate, s.start, s.stop, s.first), "seed": self.seed, **extra} for s in found]
 
     def bound(self, points: np.ndarray, gradient: bool, weighted: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """L at root points `[K, R]`, over all shards; `weighted` for the importance-weighted value where cores are not exact."""
@@ -216,7 +218,8 @@ class Trainer:
                 break
             at = np.arange(4) + 4 * (step % 4)  # sixteen root points take turns, so that their cores can be kept
             units, weight = next(source)
-            (answer,) = self.engine.round("correct", {**self.state, "points": points[at % len(points)]}, [{"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}])
+            task = {"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}
+            (answer,) = self.engine.round("correct", {**self.state, "points": points[at % len(points)]}, [task])
             self._ascend(adam, answer, 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             self.tell("correct", float(answer["elbo"]))
 
@@ -249,7 +252,7 @@ class Trainer:
 
     def stochastic(self, on_checkpoint: Callable[[dict[str, np.ndarray], int], None], resumed: tuple[dict[str, np.ndarray], int] | None = None) -> Fitted:
         """Root block and free rows by Adam over random selections; stops when the ELBO has levelled, after annealing the step."""
-        study, space = self.study, self.study.space
+        space = self.study.space
         draws = space.prior_draws(256, stream(self.seed, "prior") % 2**31)
         loc, scale = whitening(draws) if space.dim else (np.zeros(0), np.zeros(0))
         if resumed is None:
@@ -296,7 +299,8 @@ class Trainer:
     def _restart(self, draws: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
         """Short runs from several prior draws on small selections; the best goes on (mixtures have poor local optima)."""
         best, best_value = None, -math.inf
-        points = np.concatenate([start_points(self.study, draws, self.seed), draws[:2]])
+        centres = start_points(self.study, draws, self.seed)
+        points = centres if len(centres) else draws[:PRIOR_STARTS]
         for attempt, point in enumerate(points):
             if best is not None and time.monotonic() > self.deadline:
                 break
@@ -330,11 +334,11 @@ class Trainer:
         for b in study.guide.blocks:
             if b.free:
                 name = f"site/{b.name}"
-                rows = np.unique(np.concatenate([p[b.name] for p in places]))
-                total = np.zeros((len(rows), self.state[name].shape[1]))
+                touched = np.unique(np.concatenate([p[b.name] for p in places]))
+                gradient = np.zeros((len(touched), self.state[name].shape[1]))
                 for answer, place in zip(answers, places, strict=True):
-                    total[np.searchsorted(rows, place[b.name])] += 0.5 * answer[f"grad/{name}"]
-                adam.update(name, self.state[name], total, rows)
+                    gradient[np.searchsorted(touched, place[b.name])] += 0.5 * answer[f"grad/{name}"]
+                adam.update(name, self.state[name], gradient, touched)
         return float(np.mean([a["elbo"] for a in answers]))
 
 
@@ -344,7 +348,7 @@ class Levelling:
     Levelled: over the last two windows of steps the mean rose by less than twice its standard error, twice running.
     """
 
-    def __init__(self, window: int = 40, limit: int = 4000) -> None:
+    def __init__(self, window: int = 30, limit: int = 4000) -> None:
         self.window, self.limit = window, limit
         self.values: list[float] = []
         self.calm = 0

@@ -14,7 +14,7 @@ import xarray as xr
 
 from pavi_scale.cohort import scan, schema
 from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, as_index, reading
-from pavi_scale.cohort.source import Source, open_source
+from pavi_scale.cohort.source import Origin, Source, open_source
 from pavi_scale.errors import CohortError
 from pavi_scale.model.template import Model
 from pavi_scale.plates import Layout, ancestors
@@ -175,6 +175,11 @@ class Cohort:
         dataset = self.dataset.load() if self.source is not None else self.dataset
         return CohortSpec(self.source, self._options, dataset, {**self.layout.cardinality, **self.event_sizes})
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the Dataset, labels included, as a Zarr store; what is there is replaced."""
+        labels = {n: c.astype(object) for n, c in self.dataset.coords.items() if c.dtype.kind == "U"}
+        self.dataset.assign_coords(labels).drop_encoding().to_zarr(os.fspath(path), mode="w", consolidated=False, zarr_format=3)
+
     def __repr__(self) -> str:
         sizes = {**self.layout.cardinality, **self.event_sizes}
         shown = ", ".join(f"{name}={size:,}" for name, size in sizes.items())
@@ -209,7 +214,7 @@ class CohortSpec:
         return Cohort(model, open_source(str(self.source), self.storage_options), self.storage_options)
 
 
-def open_cohort(source: xr.Dataset | str | os.PathLike[str], model: Model, *, storage_options: Mapping[str, Any] | None = None) -> Cohort:
+def open_cohort(source: Origin, model: Model, *, storage_options: Mapping[str, Any] | None = None) -> Cohort:
     """Open a cohort and check its schema against a model; only metadata, labels and index variables are read.
 
     Args:

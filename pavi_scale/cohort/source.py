@@ -15,6 +15,7 @@ import zarr
 from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader
 from pavi_scale.errors import CohortError
 
+Origin = xr.Dataset | str | os.PathLike[str]  # what a cohort may be given as
 _CODING = ("scale_factor", "add_offset", "_Unsigned")
 
 
@@ -55,7 +56,7 @@ def is_url(path: str) -> bool:
     return "://" in path or "::" in path
 
 
-def open_source(source: xr.Dataset | str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Source:
+def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> Source:
     """Open a Dataset, path or URL; nothing but metadata and dimension coordinates is read.
 
     Raises:

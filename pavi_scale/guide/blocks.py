@@ -138,7 +138,9 @@ def make_blocks(graph: Graph, free: frozenset[frozenset[str]] = frozenset()) -> 
     plates = graph.model.plates
     ordered: list[Block] = []
     while blocks:  # a block follows every block it lies strictly below
-        ready = next(b for b in blocks if not any(o is not b and lies_below(plates, b.plates, o.plates) and not lies_below(plates, o.plates, b.plates) for o in blocks))
+        ready = next(
+            b for b in blocks if not any(o is not b and lies_below(plates, b.plates, o.plates) and not lies_below(plates, o.plates, b.plates) for o in blocks)
+        )
         ordered.append(ready)
         blocks.remove(ready)
     return ordered

@@ -98,7 +98,7 @@ class Corrections(nn.Module):
 
     def names(self) -> list[str]:
         """Blocks that have a correction."""
-        return [part.block.name for part in self.parts.values()]  # type: ignore[union-attr]
+        return [part.block.name for part in self.parts.values() if isinstance(part, BlockCorrection)]
 
     def part(self, name: str) -> BlockCorrection:
         """The correction of one block."""

@@ -1,4 +1,4 @@
-"""Likelihood-informed encodings: score and curvature of a component's log joint, unit by unit, and its mode.
+"""Likelihood-informed encodings: score and curvature of a component's log joint, unit by unit.
 
 For each law f that touches the component, copies of the latents it reads are made at f's own ground units. Copies of different
 units do not interact, so one reverse pass per column gives the column of every unit's Hessian at once. Summed over the laws below
@@ -18,11 +18,6 @@ from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_de
 from pavi_scale.model.density import Aligned
 from pavi_scale.reduced import Reduced, Value
 
-MAX_ITERATIONS = 20
-LONGEST = 4.0  # conditional sds of one unguarded step
-MAX_SHORTENED = 24  # times that a step is shortened to a quarter before it is given up
-ENCODING_ITERATIONS = 2  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
-ROUGH_ITERATIONS = 12
 Coordinates = dict[str, Tensor]
 
 
@@ -78,10 +73,14 @@ class LocalModel:
     def __init__(self, component: Component, reduced: Reduced, given: Mapping[str, Value], sites: Mapping[str, tuple[Tensor, Tensor]], particles: int) -> None:
         self.component, self.reduced, self.given, self.sites, self.particles = component, reduced, given, sites, particles
         self.blocks = {b.name: b for b in component.blocks}
-        self.width = {b.name: torch.ones(particles, self.units(b), *component.shape(b), dtype=reduced.dtype) for b in component.blocks} if component.rough else {}
+        self.width = (
+            {b.name: torch.ones(particles, self.units(b), *component.shape(b), dtype=reduced.dtype) for b in component.blocks} if component.rough else {}
+        )
         self.top = component.top(reduced.graph.model.plates)
         self.index: dict[Pair, Tensor | None] = {
-            (fine, coarse): reduced.unit_index(self.blocks[fine].plates, self.blocks[coarse].plates) for fine, above in component.couplings.items() for coarse in above
+            (fine, coarse): reduced.unit_index(self.blocks[fine].plates, self.blocks[coarse].plates)
+            for fine, above in component.couplings.items()
+            for coarse in above
         }
 
     def units(self, block: Block) -> int:
@@ -138,7 +137,7 @@ class LocalModel:
     def log_terms(self, z: Mapping[str, Tensor]) -> Tensor:
         """Log joint in unconstrained coordinates per unit of the top block."""
         values = self.values(z)
-        total = 0.0
+        total: Tensor | float = 0.0
         for factor in self.component.factors:
             term = self.reduced.log_prob(factor.variable, values).flatten(1)
             total = total + self.to_top(term.expand(self.particles, -1), self.reduced.graph.model.variables[factor.variable].plates)
@@ -167,11 +166,14 @@ class LocalModel:
 
     def _site(self, name: str, zb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value `[K, n]`, gradient and precision `[K, n, C, e]` of a free block's Gaussian site."""
-        loc, log_precision = self.sites[name]
         block = self.blocks[name]
-        shaped = [self.join(block, {n: part.reshape(1, -1, *self.reduced.graph.links[n].base_shape) for n, part in zip(block.latents, t.split(block.sizes, -1), strict=True)}) for t in (loc, log_precision)]
-        precision = shaped[1].exp()
-        offset = shaped[0] - zb
+        links = self.reduced.graph.links
+        loc, log_precision = (
+            self.join(block, {n: part.reshape(1, -1, *links[n].base_shape) for n, part in zip(block.latents, rows.split(block.sizes, -1), strict=True)})
+            for rows in self.sites[name]
+        )
+        precision = log_precision.exp()
+        offset = loc - zb
         return -0.5 * (precision * offset * offset).sum((-1, -2)), precision * offset, precision.expand_as(zb)
 
     def expand(self, z: Mapping[str, Tensor], *, differentiable: bool) -> Expansion:
@@ -291,7 +293,9 @@ class LocalModel:
                 out.update({(b, a): h for b, h in zip(copies, second, strict=True)})
         return out
 
-    def _factor(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, *, second: bool = True) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+    def _factor(
+        self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, *, second: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """Terms of one law: value `[K, n_f]`, gradients and minus second derivatives, in the blocks' full e axes."""
         with torch.enable_grad():  # the caller may not track gradients; second derivatives need it
             return self._derivatives(factor, z, differentiable, second)
@@ -350,88 +354,6 @@ class LocalModel:
             for b in names[i:]:
                 hess[b, a] = torch.stack(parts[b], -1)
         return value, {n: torch.stack(g).mean(0) for n, g in smoothed.items()}, hess
-
-    def mode(self) -> tuple[Coordinates, int]:
-        """Mode of the log joint by damped Newton steps, without derivatives; and the number of steps taken."""
-        with torch.no_grad():  # sites and root values may be tracked; the search is not
-            z = self.start()
-            if self.component.rough:
-                return self._rough_mode(z), ROUGH_ITERATIONS
-            return self._newton(z)
-
-    def _newton(self, z: Coordinates) -> tuple[Coordinates, int]:
-        """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it."""
-        if self.reduced.dtype == torch.float32:  # an encoding for stochastic training: no search along the step
-            for _ in range(ENCODING_ITERATIONS):
-                z = {b: zb + step for (b, zb), step in zip(z.items(), self._bounded(self.expand(z, differentiable=False)), strict=True)}
-            return z, ENCODING_ITERATIONS
-        tolerance, limit = 1e-9, MAX_ITERATIONS
-        expansion = self.expand(z, differentiable=False)
-        settled = stuck = torch.zeros_like(expansion.value, dtype=torch.bool)
-        for iteration in range(limit):
-            step = expansion.gaussian.step
-            settled = settled | (self._decrement(expansion) < tolerance)
-            if bool(settled.all()):
-                # The step at hand is free, and squares what is left of the error.
-                return self._move(z, step, (~stuck).to(expansion.value.dtype)), iteration
-            scale = (~settled).to(expansion.value.dtype)
-            if iteration == limit - 1:
-                break
-            for _ in range(MAX_SHORTENED):
-                # Units whose log joint fell (or is not finite) try a quarter of the step.
-                trial = self._move(z, step, scale)
-                found = self.expand(trial, differentiable=False)
-                worse = ~settled & ~(found.value >= expansion.value - 1e-9 * (1 + expansion.value.abs()))
-                if not bool(worse.any()):
-                    break
-                scale = torch.where(worse, 0.25 * scale, scale)
-            else:
-                settled, stuck = settled | worse, stuck | worse
-                trial = self._move(z, step, torch.where(worse, torch.zeros_like(scale), scale))
-                found = self.expand(trial, differentiable=False)
-            z, expansion = trial, found
-        return self._move(z, step, scale), limit
-
-    def _bounded(self, expansion: Expansion) -> list[Tensor]:
-        """Newton steps, in the order of the blocks, no longer than a few conditional sds where the component is not Gaussian."""
-        steps = []
-        for b, step in expansion.gaussian.step.items():
-            if isinstance(expansion.gaussian, Tree):
-                sd = expansion.gaussian.factor[b].diagonal(dim1=-2, dim2=-1).reciprocal()
-                step = step.clamp(-LONGEST * sd, LONGEST * sd)
-            steps.append(step)
-        return steps
-
-    def _decrement(self, expansion: Expansion) -> Tensor:
-        """|g . H^-1 g| per unit of the top block, `[K, n_top]`."""
-        total = torch.zeros_like(expansion.value)
-        for b, step in expansion.gaussian.step.items():
-            total = total + self.to_top((expansion.gradient[b] * step).sum((-1, -2)), self.blocks[b].plates)
-        return total.abs()
-
-    def _rough_mode(self, z: Coordinates) -> Coordinates:
-        """Fixed point of averaged Newton steps, each at most three widths long; widths follow the conditional sds of the curvature."""
-        for _ in range(ROUGH_ITERATIONS):
-            gaussian = self.expand(z, differentiable=False).gaussian
-            limit = {b: 3 * w for b, w in self.width.items()}
-            z = {b: zb + gaussian.step[b].clamp(-limit[b], limit[b]) for b, zb in z.items()}
-            if isinstance(gaussian, Tree):
-                for b, factor in gaussian.factor.items():
-                    precision = (factor @ factor.mT).diagonal(dim1=-2, dim2=-1)
-                    # At most halved or doubled a step: a width is judged by an average over the one before.
-                    self.width[b] = torch.minimum(torch.maximum(precision.rsqrt(), 0.5 * self.width[b]), 2.0 * self.width[b]).clamp(1e-4, 10.0).detach()
-        return z
-
-    def _move(self, z: Coordinates, step: Mapping[str, Tensor], scale: Tensor) -> Coordinates:
-        out = {}
-        for name, zb in z.items():
-            if self.top is None:
-                s = scale[:, :1]
-            else:
-                index = self.reduced.unit_index(self.blocks[name].plates, self.top.plates)
-                s = scale if index is None else scale.index_select(1, index)
-            out[name] = zb + s[..., None, None] * step[name]
-        return out
 
 
 def _scatter(target: Tensor, index: Tensor | None, source: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
 from pavi_scale.guide.gaussian import Dense, Tree, back, forward, log_det
+from pavi_scale.guide.mode import find_mode
 from pavi_scale.reduced import Value
 
 Noise = Callable[[Block, tuple[int, ...]], Tensor]  # (block, [K, n, C, e]) -> standard normals
@@ -72,7 +73,7 @@ def fit_core(local: LocalModel, *, differentiable: bool) -> Core:
             rise = 0.5 * (expansion.gradient[block.name] * expansion.gaussian.step[block.name]).sum((-1, -2))
             value = value + local.to_top(rise, block.plates)
         return Core(local, mode, Expansion(value, expansion.gradient, expansion.gaussian))
-    mode, _ = local.mode()
+    mode, _ = find_mode(local)
     if differentiable:
         step = local.expand(mode, differentiable=True).gaussian.step
         mode = {b: z + step[b] for b, z in mode.items()}
@@ -102,10 +103,10 @@ def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None 
     log_q: dict[str, Tensor] = {}
     shapes = {b.name: tuple(core.mode[b.name].shape) for b in local.component.blocks}
     if isinstance(gaussian, Dense):
-        u = {b.name: noise(b, shapes[b.name]) for b in local.component.blocks}
-        offset = gaussian.unpack(back(gaussian.factor, gaussian.pack(u)))
-        z = {b: core.mode[b] + offset[b] for b in u}
-        log_q = {b: _standard(u[b]) for b in u}
+        white = {b.name: noise(b, shapes[b.name]) for b in local.component.blocks}
+        offset = gaussian.unpack(back(gaussian.factor, gaussian.pack(white)))
+        z = {b: core.mode[b] + offset[b] for b in white}
+        log_q = {b: _standard(white[b]) for b in white}
         first = local.component.blocks[0].name
         share = log_det(gaussian.factor) / log_q[first].shape[1]
         log_q[first] = log_q[first] + share[:, None]

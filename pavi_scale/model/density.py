@@ -55,8 +55,26 @@ def expanded(law: Distribution, shape: tuple[int, ...], where: str) -> Distribut
     fits = len(own) <= len(shape) and tuple(shape[len(shape) - inner :]) == tuple(law.event_shape)
     fits = fits and all(a in (1, b) for a, b in zip(reversed(law.batch_shape), reversed(batch), strict=False))
     if not fits:
-        raise ModelError("law returns a distribution of the wrong shape", where=where, expected=f"a shape that broadcasts to {shape}", got=str(own), remedy="return one ground unit's law; name its event dimensions in dims=")
+        raise ModelError(
+            "law returns a distribution of the wrong shape",
+            where=where,
+            expected=f"a shape that broadcasts to {shape}",
+            got=str(own),
+            remedy="return one ground unit's law; name its event dimensions in dims=",
+        )
     return law if tuple(law.batch_shape) == batch else law.expand(torch.Size(batch))
+
+
+def support_of(law: Distribution, where: str) -> Constraint:
+    """Support of a law.
+
+    Raises:
+        ModelError: The law does not name one.
+    """
+    support = law.support
+    if support is None:
+        raise ModelError("law has no support", where=where, expected="torch.distributions.constraints.Constraint", got=type(law).__name__)
+    return support
 
 
 class Graph:
@@ -75,7 +93,7 @@ class Graph:
         self.model = model
         self.event_sizes = dict(event_sizes)
         self.links: dict[str, Link] = {}
-        self.supports: dict[str, Constraint | None] = {}
+        self.supports: dict[str, Constraint] = {}
         self.fillers: dict[str, Tensor] = {}  # what stands for missing observations: a draw of the law, so inside its support
         self.promote = False
         try:
@@ -91,7 +109,11 @@ class Graph:
         """Event shape of one ground unit."""
         missing = [d for d in v.dims if d not in self.event_sizes]
         if missing:
-            raise ModelError("event dimension has no size", where=f"variable {v.name!r}, dim {missing[0]!r}", remedy=f"give Model(sizes={{{missing[0]!r}: ...}}), or store a variable that has the dimension")
+            raise ModelError(
+                "event dimension has no size",
+                where=f"variable {v.name!r}, dim {missing[0]!r}",
+                remedy=f"give Model(sizes={{{missing[0]!r}: ...}}), or store a variable that has the dimension",
+            )
         return tuple(self.event_sizes[d] for d in v.dims)
 
     def _inspect(self, example: Mapping[str, Tensor]) -> None:
@@ -103,11 +125,11 @@ class Graph:
                     values[v.name] = example.get(v.name, torch.ones(self.shape(v), dtype=torch.float64))
                     continue
                 law = self.law(v, values)
-                self.supports[v.name] = law.support
+                self.supports[v.name] = support_of(law, f"law of {v.name!r}")
                 if v.missing == "mask":
                     self.fillers[v.name] = law.sample().to(torch.float64)
                 if v.kind == "latent":
-                    self.links[v.name] = make_link(law.support, self.shape(v), v.name)
+                    self.links[v.name] = make_link(self.supports[v.name], self.shape(v), v.name)
                     self._check_support(v, law, values)
                     values[v.name] = law.sample().to(torch.float64)
 
@@ -120,7 +142,12 @@ class Graph:
             law = v.law(**{p: values[p] for p in v.parents})
         except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             shapes = {p: tuple(values[p].shape) for p in v.parents}
-            raise ModelError("law fails on one ground unit", where=where, got=f"{type(error).__name__}: {error}", remedy=f"parents arrive with event shapes {shapes}, no plate axis") from error
+            raise ModelError(
+                "law fails on one ground unit",
+                where=where,
+                got=f"{type(error).__name__}: {error}",
+                remedy=f"parents arrive with event shapes {shapes}, no plate axis",
+            ) from error
         if not isinstance(law, Distribution):
             raise ModelError("law does not return a distribution", where=where, expected="torch.distributions.Distribution", got=type(law).__name__)
         return expanded(law, self.shape(v), where)
@@ -133,11 +160,16 @@ class Graph:
             moved = {**values, p: values[p] * 0.5 if self.model.variables[p].kind == "latent" else values[p] + 1.0}
             try:
                 with unvalidated():
-                    other = make_link(self.law(v, moved).support, self.shape(v), v.name).forward(probe)
+                    other = make_link(support_of(self.law(v, moved), v.name), self.shape(v), v.name).forward(probe)
             except ModelError:
                 continue  # the moved parent left its own support; nothing to learn from it
             if not torch.allclose(theta, other, rtol=1e-9, atol=1e-12):
-                raise ModelError("support of a latent depends on its parent", where=f"latent {v.name!r}, parent {p!r}", expected="a fixed support", remedy="write the latent on a fixed support and scale it where it is used")
+                raise ModelError(
+                    "support of a latent depends on its parent",
+                    where=f"latent {v.name!r}, parent {p!r}",
+                    expected="a fixed support",
+                    remedy="write the latent on a fixed support and scale it where it is used",
+                )
 
     def log_prob(self, v: Variable, value: Aligned, parents: Mapping[str, Aligned], mask: Aligned | None = None) -> Tensor:
         """log p(value | parents) of each ground unit, `[K, *plates]` (K = 1 if nothing has particles)."""

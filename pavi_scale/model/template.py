@@ -160,12 +160,19 @@ class Model(Simulated, Drawn):
 
 def _bind(name: str, variable: Variable) -> Variable:
     if not isinstance(variable, Variable):
-        raise ModelError("keyword arguments of Model are variables", where=f"variable {name!r}", expected="latent(...), observed(...) or covariate(...)", got=type(variable).__name__)
+        raise ModelError(
+            "keyword arguments of Model are variables",
+            where=f"variable {name!r}",
+            expected="latent(...), observed(...) or covariate(...)",
+            got=type(variable).__name__,
+        )
     if variable.law is None:
         parents: tuple[str, ...] = ()
     else:
         if not callable(variable.law):
-            raise ModelError("a law must be a callable", where=f"variable {name!r}", got=type(variable.law).__name__, remedy="wrap it: lambda: Normal(0.0, 1.0)")
+            raise ModelError(
+                "a law must be a callable", where=f"variable {name!r}", got=type(variable.law).__name__, remedy="wrap it: lambda: Normal(0.0, 1.0)"
+            )
         parents = tuple(inspect.signature(variable.law).parameters)
     return Variable(variable.kind, variable.law, variable.plates, variable.dims, variable.missing, name, parents)
 
@@ -174,7 +181,13 @@ def _check_plates(plates: Mapping[str, Plate]) -> None:
     for plate in plates.values():
         for parent in plate.within:
             if parent not in plates:
-                raise ModelError("plate lies within an unknown plate", where=f"plate {plate.name!r}", expected=f"one of {sorted(plates)}", got=repr(parent), remedy=f"add Plate({parent!r})")
+                raise ModelError(
+                    "plate lies within an unknown plate",
+                    where=f"plate {plate.name!r}",
+                    expected=f"one of {sorted(plates)}",
+                    got=repr(parent),
+                    remedy=f"add Plate({parent!r})",
+                )
     for name in plates:
         seen, todo = set(), list(plates[name].within)
         while todo:
@@ -191,7 +204,13 @@ def _check_variables(plates: Mapping[str, Plate], variables: Mapping[str, Variab
         where = f"variable {v.name!r}"
         for plate in v.plates:
             if plate not in plates:
-                raise ModelError("variable lives on an unknown plate", where=where, expected=f"one of {sorted(plates)}", got=repr(plate), remedy=f"add Plate({plate!r}) to the model")
+                raise ModelError(
+                    "variable lives on an unknown plate",
+                    where=where,
+                    expected=f"one of {sorted(plates)}",
+                    got=repr(plate),
+                    remedy=f"add Plate({plate!r}) to the model",
+                )
         if len(set(v.plates + v.dims)) != len(v.plates + v.dims) or set(v.dims) & set(plates):
             raise ModelError("a dimension is named twice, or is both a plate and an event dimension", where=where, got=f"plates {v.plates}, dims {v.dims}")
         if v.name in plates or v.name in v.dims:
@@ -199,12 +218,26 @@ def _check_variables(plates: Mapping[str, Plate], variables: Mapping[str, Variab
         reachable = set(v.plates).union(*(ancestors(plates, p) for p in v.plates)) if v.plates else set()
         for parent in v.parents:
             if parent not in variables:
-                raise ModelError("law has an unknown parent", where=where, expected=f"one of {sorted(set(variables) - {v.name})}", got=repr(parent), remedy="name a variable of the model, or fix the value inside the law")
+                raise ModelError(
+                    "law has an unknown parent",
+                    where=where,
+                    expected=f"one of {sorted(set(variables) - {v.name})}",
+                    got=repr(parent),
+                    remedy="name a variable of the model, or fix the value inside the law",
+                )
             if variables[parent].kind == "observed":
-                raise ModelError("an observed variable cannot be a parent", where=f"{where}, parent {parent!r}", remedy="declare it as covariate(...) under another name")
+                raise ModelError(
+                    "an observed variable cannot be a parent", where=f"{where}, parent {parent!r}", remedy="declare it as covariate(...) under another name"
+                )
             for plate in variables[parent].plates:
                 if plate not in reachable:
-                    raise ModelError("parent lives on a plate that the variable cannot reach", where=f"{where}, parent {parent!r}", expected=f"plates among {sorted(reachable)}", got=repr(plate), remedy=f"put {v.name!r} on {plate!r}, or on a plate within it")
+                    raise ModelError(
+                        "parent lives on a plate that the variable cannot reach",
+                        where=f"{where}, parent {parent!r}",
+                        expected=f"plates among {sorted(reachable)}",
+                        got=repr(plate),
+                        remedy=f"put {v.name!r} on {plate!r}, or on a plate within it",
+                    )
 
 
 def _topological(variables: Mapping[str, Variable]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,18 @@ def constant_group(context: Context) -> xr.Dataset:
     names = [v.name for v in context.model.of_kind("covariate") if v.name in context.dataset]
     names += [str(n) for n, v in context.dataset.variables.items() if "instance_dimension" in v.attrs and n not in names and n not in context.dataset.dims]
     return context.dataset[names]
+
+
+def table_group(tables: Mapping[str, tuple[tuple[str, ...], Any]], labels: Mapping[str, np.ndarray]) -> xr.Dataset:
+    """A small group of named arrays, each with its dimensions, and the labels of those."""
+    return xr.Dataset({name: (dims, np.asarray(values)) for name, (dims, values) in tables.items()}, coords={p: (p, values) for p, values in labels.items()})
+
+
+def trace_group(trace: Sequence[tuple[str, float | None]]) -> xr.Dataset:
+    """The group `fit`: stage and bound of each step, NaN where it was not finite."""
+    elbo = np.asarray([np.nan if value is None else value for _, value in trace], dtype=np.float64)
+    stage = np.asarray([stage for stage, _ in trace], dtype=object)
+    return xr.Dataset({"elbo": ("step", elbo), "stage": ("step", stage)}, coords={"step": np.arange(len(trace))})
 
 
 def stored_path(run: Run) -> Path:

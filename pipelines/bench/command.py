@@ -54,7 +54,8 @@ def measure_apart(name: str, job: Job) -> dict[str, Any]:
     record: dict[str, Any] = {"wall_seconds": watch.seconds, "before": before, "after": machine()}
     if done.returncode:
         return record | {"error": done.stderr.strip()[-4000:], "exit_code": done.returncode}
-    return record | json.loads(out.read_text())
+    found: dict[str, Any] = json.loads(out.read_text())
+    return record | found
 
 
 def shown(value: Any) -> str:
@@ -109,7 +110,11 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for name in names:
-            records[name] = measure_apart(name, Job(work.absolute(), args.shared.absolute()))
+            missing = [need for need in STEPS[name][1] if "error" in records[need]]
+            if missing:
+                records[name] = {"error": f"left out: {missing[0]} failed", "exit_code": 1, "wall_seconds": 0.0}
+            else:
+                records[name] = measure_apart(name, Job(work.absolute(), args.shared.absolute()))
             show(console, name, records[name])
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(records, indent=1))

@@ -85,7 +85,8 @@ def engines(job: Job) -> Found:
 
 def large_store(job: Job) -> Found:
     """Simulate the large cohort and find its evidence, away from the process whose memory is measured."""
-    store, row = str(job.work / "large.zarr"), {"what": f"G={GROUPS:,} N={OBSERVATIONS} D={FEATURES}"}
+    store = str(job.work / "large.zarr")
+    row: dict[str, Any] = {"what": f"G={GROUPS:,} N={OBSERVATIONS} D={FEATURES}"}
     with timing(row, "simulate s"):
         gre.make_cohort(store, GROUPS, OBSERVATIONS, FEATURES, given=large)
     with timing(row, "evidence s"):
@@ -111,7 +112,8 @@ def read_through(store: Path) -> tuple[float, int]:
 
 def memory(job: Job) -> Found:
     """The large cohort out of its store: seconds, and peak memory against the plan."""
-    store, row = job.work / "large.zarr", {"memory=": MEMORY}
+    store = job.work / "large.zarr"
+    row: dict[str, Any] = {"memory=": MEMORY}
     before = peak_bytes()
     planned = ps.plan(large, str(store), memory=MEMORY).peak_bytes
     with timing(row, "fit s"):

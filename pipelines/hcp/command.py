@@ -39,7 +39,7 @@ def demo(args: argparse.Namespace) -> None:
         print(ps.plan(hcp.model, args.cohort, memory=args.memory))
     with (
         timed(f"fit on {args.workers} workers"),
-        LocalCluster(n_workers=args.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster,
+        LocalCluster(n_workers=args.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         if (Path(args.run) / "run.json").exists():
@@ -66,12 +66,12 @@ def demo(args: argparse.Namespace) -> None:
 def query(posterior: Any) -> None:
     """What a researcher asks of the posterior, with the time of each answer."""
     tree = posterior.datatree
-    some = slice(100)
+    some = slice(50)
     questions = {
         "population fingerprints, mean": lambda: tree["posterior_mean"]["mu"].values,
         "first subject's label logits, mean map": lambda: tree["posterior_mean"]["label_logits"].isel(subject=0).values,
         "the same, sd map": lambda: tree["posterior_sd"]["label_logits"].isel(subject=0).values,
-        "first subject, 100 vertices, 200 lazy draws": lambda: tree["posterior"]["label_logits"].isel(subject=0, vertex=some, draw=slice(200)).values,
+        "first subject, 50 vertices, 100 lazy draws": lambda: tree["posterior"]["label_logits"].isel(subject=0, vertex=some, draw=slice(100)).values,
     }
     for question, ask in questions.items():
         began = time.perf_counter()
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--vertices", type=int, default=VERTICES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--memory", default="900 MiB", help="of each process (%(default)s)")
+    parser.add_argument("--memory", default="1400 MiB", help="of each process (%(default)s)")
     parser.add_argument("--max-time", type=float, help="seconds after which training stops (default: when it has converged)")
     parser.add_argument("--cohort", help="Zarr store of the cohort (simulate: data/hcp.zarr; demo: runs/hcp-demo/cohort.zarr)")
     parser.add_argument("--run", default="runs/hcp-demo/run", help="run directory of the demo (%(default)s)")

@@ -17,7 +17,7 @@ from pavi_scale.server.protocol import Spec
 from pavi_scale.server.runtime.hub import Answers, Hub
 from pavi_scale.server.runtime.wire import pack, pack_object
 
-__all__ = ["DaskEngine"]
+__all__ = ["Client", "DaskEngine"]
 
 
 class DaskEngine:

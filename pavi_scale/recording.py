@@ -1,0 +1,129 @@
+"""What a run says of its study - model, cohort, options, settings - and the way back from there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from pavi_scale.cohort import Cohort, open_cohort
+from pavi_scale.errors import RunError
+from pavi_scale.model.template import Model
+from pavi_scale.run import Run
+from pavi_scale.settings import Settings
+from pavi_scale.study import Encoding, Study
+
+_known: weakref.WeakValueDictionary[str, Model] = weakref.WeakValueDictionary()
+
+
+def encoding_record(encoding: Encoding) -> Any:
+    """An encoding option as JSON."""
+    if isinstance(encoding, str):
+        return encoding
+    return {(key if isinstance(key, str) else "*".join(key)): scheme for key, scheme in encoding.items()}  # type: ignore[arg-type]
+
+
+def encoding_from(stored: Any) -> Encoding:
+    """The inverse of `encoding_record`."""
+    return stored if isinstance(stored, str) else dict(stored)
+
+
+def record(run: Run, cohort: Cohort, study: Study, config: Mapping[str, Any]) -> None:
+    """Write down what is fitted; a cohort that lives in memory is copied into the run."""
+    model = cohort.model
+    fingerprint = model.fingerprint()
+    _known[fingerprint] = model
+    path = model.import_path()
+    module = sys.modules.get(path.split(":")[0]) if path else None
+    source = cohort.source
+    if source is None or source.startswith("memory:"):
+        source = "cohort.zarr"
+        cohort.save(run.path / source)
+    run.write_study({
+        "model": {"import": path, "file": getattr(module, "__file__", None), "fingerprint": fingerprint},
+        "cohort": {"source": source, "fingerprint": cohort.fingerprint, "sizes": {**cohort.layout.cardinality, **cohort.event_sizes}},
+        "config": dict(config), "settings": settings_record(study.settings), "plan": dict(study.plan.table()),
+    })
+
+
+def settings_record(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON."""
+    return {
+        "free": [list(f) for f in settings.free], "schemes": dict(settings.schemes), "structure": {k: dict(v) for k, v in settings.structure.items()},
+        "split": settings.split, "dtype": settings.dtype, "chunk": settings.chunk, "cache_bytes": settings.cache_bytes,
+    }
+
+
+def settings_from(stored: Mapping[str, Any]) -> Settings:
+    """The inverse of `settings_record`."""
+    return Settings(
+        free=tuple(tuple(f) for f in stored["free"]), schemes=stored["schemes"], structure=stored["structure"], split=stored["split"],
+        dtype=stored["dtype"], cache_bytes=stored["cache_bytes"], chunk=stored["chunk"],
+    )
+
+
+def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model:
+    """The run's model: the one given, one alive in this process, or imported; its fingerprint must be the recorded one."""
+    stored = study["model"]
+    wanted = stored["fingerprint"]
+    found = model or _known.get(wanted) or import_model(stored)
+    if found is None:
+        raise RunError(
+            "the run's model cannot be imported",
+            where=run.path,
+            expected=stored["import"] or "a model at module level",
+            got="nothing importable",
+            remedy="pass model=, or define the model at the top level of a module",
+        )
+    if found.fingerprint() != wanted:
+        raise RunError(
+            "the model has changed since the run",
+            where=run.path,
+            expected=f"fingerprint {wanted}",
+            got=found.fingerprint(),
+            remedy="restore the model's code, or fit again in a new run",
+        )
+    return found
+
+
+def import_model(stored: Mapping[str, Any]) -> Model | None:
+    """Import a model by its recorded path, or from its recorded file."""
+    path, file = stored["import"], stored["file"]
+    if not path:
+        return None
+    name, attribute = path.split(":")
+    try:
+        module = importlib.import_module(name)
+        if not isinstance(getattr(module, attribute, None), Model):
+            raise ImportError(name)
+    except ImportError:
+        if not file or not os.path.exists(file):
+            return None
+        spec = importlib.util.spec_from_file_location(f"_pavi_{name.replace('.', '_')}", file)
+        if spec is None or spec.loader is None:
+            return None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    found = getattr(module, attribute, None)
+    return found if isinstance(found, Model) else None
+
+
+def reopen_cohort(study: Mapping[str, Any], model: Model, run: Run) -> Cohort:
+    """The run's cohort; its fingerprint must be the recorded one where it lies outside the run."""
+    stored = study["cohort"]
+    if stored["source"] == "cohort.zarr":
+        return open_cohort(run.path / "cohort.zarr", model)
+    opened = open_cohort(stored["source"], model)
+    if opened.fingerprint != stored["fingerprint"]:
+        raise RunError(
+            "the cohort has changed since the run",
+            where=stored["source"],
+            expected=f"fingerprint {stored['fingerprint']}",
+            got=opened.fingerprint,
+            remedy="restore the cohort, or fit again in a new run",
+        )
+    return opened

@@ -1,0 +1,60 @@
+"""What the computation of a study is told: its settings, its precision, and the graph of the cohort's model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pavi_scale.cohort import Cohort
+from pavi_scale.model.density import Graph
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a study is computed; plain data, recorded with the run.
+
+    Args:
+        free: Plate sets with free encodings.
+        schemes: Block name -> scheme of its learned correction.
+        structure: What `probe` found of the components, and the candidates of each draw.
+        split: The plate that shards divide.
+        dtype: "float64" or "float32".
+        threads: torch threads of a task.
+        cache_bytes: Data kept between rounds, per process.
+        chunk: Ground units x particles computed at once.
+    """
+
+    free: tuple[tuple[str, ...], ...] = ()
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    split: str | None = None
+    dtype: str = "float64"
+    threads: int = 1
+    cache_bytes: int = 1 << 30
+    chunk: int = 1 << 18
+
+
+@contextlib.contextmanager
+def precision(dtype: torch.dtype) -> Iterator[None]:
+    """Default dtype inside, so that constants written in laws have the precision of the computation."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_graph(cohort: Cohort) -> Graph:
+    """The cohort's model with event sizes, its laws looked at once with the first unit's covariates."""
+    example = {}
+    for v in cohort.model.of_kind("covariate"):
+        first = cohort.read(v.name, {p: np.arange(1) for p in v.plates})
+        example[v.name] = torch.as_tensor(first.reshape(first.shape[len(v.plates) :])).to(torch.float64)
+    with precision(torch.float64):
+        return Graph(cohort.model, cohort.event_sizes, example)

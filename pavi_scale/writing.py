@@ -1,0 +1,140 @@
+"""From a trained guide to its posterior: the pass that writes moments, diagnostics and trace, and what serves a finished run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pavi_scale.cohort import Origin, open_cohort
+from pavi_scale.computation import StudyComputation
+from pavi_scale.diagnosing import diagnose
+from pavi_scale.errors import RunError
+from pavi_scale.marginal import Pool
+from pavi_scale.model.template import Model
+from pavi_scale.posterior.groups import table_group, trace_group
+from pavi_scale.posterior.posterior import Posterior
+from pavi_scale.posterior.sampler import Context, set_loader
+from pavi_scale.posterior.store import PosteriorWriter
+from pavi_scale.recording import find_model, record, reopen_cohort, settings_from
+from pavi_scale.run import Run
+from pavi_scale.sampling import GuideSampler
+from pavi_scale.server.local import LocalEngine
+from pavi_scale.server.protocol import Engine
+from pavi_scale.settings import make_graph
+from pavi_scale.study import Study, prepare
+from pavi_scale.training import Trainer
+
+SMALL = 16 << 20  # bytes of data up to which the fit ends with an evaluation of the full ELBO
+
+
+def write_posterior(
+    run: Run, study: Study, computation: StudyComputation, engine: Engine, state: dict[str, np.ndarray], facts: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The posterior pass: moments of every latent, diagnostics, trace; returns the facts that say it is done."""
+    context = make_context(computation, state, int(config["seed"]))
+    trainer = Trainer(computation, engine, int(config["seed"]), math.inf, lambda *a: None)
+    tasks = trainer.tasks(run=str(run.path), repeats=4)
+    length = tasks[0]["shard"][2] - tasks[0]["shard"][1]
+    split = study.settings.split
+    writer = PosteriorWriter.create(run.path, context, chunks={split: length} if split else None)
+    pool = Pool(state["pool/points"], np.zeros(0), state["pool/weight"], 0.0, None)  # type: ignore[arg-type]
+    count = moment_points(study)
+    picks = pool.resample((np.arange(count) + 0.5) / count)
+    answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, tasks)
+    write_root(writer, computation, state)
+    write_returned(writer, study, answers)
+    status, tables = diagnose(computation, engine, state, facts, int(config["seed"]), trainer.tasks())
+    labels = {p: study.cohort.coordinate(p) for p in sorted({p for dims, _ in tables.values() for p in dims})}
+    writer.put("diagnostics", table_group(tables, {p: label for p, label in labels.items() if label is not None}))
+    writer.put("fit", trace_group(facts["trace"]))
+    writer.finish()
+    run.log("done", status=status)
+    nats, error = context.sampler.elbo(4, 0) if study.plan.data_bytes < SMALL else (facts["trace"][-1][1], None)
+    return {"phase": "done", "status": status, "elbo": nats, "elbo_error": error if error is not None and math.isfinite(error) else None}
+
+
+def moment_points(study: Study) -> int:
+    """Root points that the moments are averaged over: as many as a pass can afford."""
+    layout = study.cohort.layout
+    units = max((math.prod(layout.cardinality[p] for p in v.plates) for v in study.graph.model.of_kind("observed", "latent")), default=1)
+    return int(np.clip(2e6 // max(units, 1), 2, 64)) if study.settings.free else int(np.clip(1e7 // max(units, 1), 4, 512))
+
+
+def write_root(writer: PosteriorWriter, computation: StudyComputation, state: Mapping[str, np.ndarray]) -> None:
+    """Moments of the root variables, from the whole weighted pool."""
+    points, weight = torch.from_numpy(np.ascontiguousarray(state["pool/points"])), state["pool/weight"]
+    for name, value in computation.space.values(points).items():
+        theta = value.theta.numpy()
+        mean = np.tensordot(weight, theta, 1)
+        variance = np.tensordot(weight, (theta - mean) ** 2, 1)
+        writer.write(name, {}, mean, np.sqrt(variance))
+
+
+def write_returned(writer: PosteriorWriter, study: Study, answers: list[dict[str, np.ndarray]]) -> None:
+    """Write the latents whose moments came back to the driver, their units put in place."""
+    layout = study.cohort.layout
+    for v in study.graph.model.latents:
+        parts = [a for a in answers if f"mean/{v.name}" in a]
+        if not parts:
+            continue
+        shape = (*(layout.cardinality[p] for p in v.plates), *study.graph.shape(v))
+        mean, sd = np.full(shape, np.nan), np.full(shape, np.nan)
+        for part in parts:
+            at = np.ix_(*(part[f"units/{p}"] for p in v.plates))
+            mean[at], sd[at] = part[f"mean/{v.name}"], part[f"sd/{v.name}"]
+        writer.write(v.name, {}, mean, sd)
+
+
+def make_context(computation: StudyComputation, state: Mapping[str, np.ndarray], seed: int, facts: Mapping[str, Any] | None = None) -> Context:
+    """What a posterior needs of a computation; with the facts of a finished run it can be extended, unless it has rows of its own units."""
+    rows = bool(computation.guide.free) or "free" in computation.settings.schemes.values()
+    extension = None if rows or facts is None else lambda new: extend(computation, state, facts, new, seed)
+    cohort = computation.cohort
+    labels = {d: cohort.coordinate(d) for d in (*cohort.model.plates, *cohort.model.dims)}
+    return Context(
+        GuideSampler(computation, state, seed), cohort.model, cohort.dataset, cohort.layout, cohort.event_sizes,
+        {d: label for d, label in labels.items() if label is not None}, extension,
+    )
+
+
+def load_context(path: str, model: Model | None = None, computation: StudyComputation | None = None) -> Context:
+    """The context of a run on disk."""
+    run = Run.open(path)
+    study = run.read_study()
+    found = find_model(study, model, run)
+    if run.generation is None:
+        raise RunError("the run has no weights yet", where=run.path, remedy="resume it")
+    state, facts = run.latest()
+    if facts["phase"] == "training":
+        raise RunError("the run is not finished", where=run.path, got=f"phase {facts['phase']!r}", remedy=f"pavi_scale.resume({path!r})")
+    if computation is None:
+        cohort = reopen_cohort(study, found, run)
+        computation = StudyComputation(make_graph(cohort), cohort, settings_from(study["settings"]))
+    return make_context(computation, state, int(study["config"]["seed"]), facts)
+
+
+def extend(computation: StudyComputation, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], new: Origin, seed: int) -> Posterior:
+    """Posterior of a new cohort's units under the trained guide: the root posterior stays, one pass over the new data, no training."""
+    opened = open_cohort(new, computation.graph.model)
+    opened.check_values()
+    study = prepare(opened, seed=seed)
+    settings = replace(computation.settings, split=study.settings.split)
+    study = replace(study, settings=settings)
+    kept = {k: v for k, v in state.items() if not k.startswith("residual/")}
+    run = Run.create(None)
+    config = {"seed": seed, "encoding": "auto", "memory": "4 GiB", "device": "auto", "max_time": None}
+    with run.lock(), LocalEngine(study.spec) as engine:
+        record(run, opened, study, config)
+        fresh = StudyComputation(study.graph, opened, settings)
+        done = {**facts, "phase": "trained"}
+        done |= write_posterior(run, study, fresh, engine, kept, done, config)
+        run.commit(kept, done)
+    return Posterior.open(run, make_context(fresh, kept, seed, done))
+
+
+set_loader(load_context)
