@@ -221,6 +221,21 @@ def refit(
     return Pool(points, values, weight, khat, StudentT(mean, _chol(cov)), True, trace)
 
 
+def near_order(points: np.ndarray) -> np.ndarray:
+    """An order of points `[N, R]` in which near ones stand near: the Morton order of their ranks in each coordinate."""
+    n, r = points.shape
+    if n < 2 or r == 0:
+        return np.arange(n)
+    bits = max(1, min(16, 60 // r))
+    ranks = np.argsort(np.argsort(points[:, :60], axis=0, kind="stable"), axis=0, kind="stable")
+    cells = (ranks * (1 << bits) // n).astype(np.uint64)
+    key = np.zeros(n, dtype=np.uint64)
+    for bit in reversed(range(bits)):
+        for coordinate in cells.T:
+            key = (key << np.uint64(1)) | ((coordinate >> np.uint64(bit)) & np.uint64(1))
+    return np.argsort(key, kind="stable")
+
+
 def _chol(cov: np.ndarray) -> np.ndarray:
     jitter = 1e-12 * np.diagonal(cov).max(initial=0.0) + 1e-300
     return np.linalg.cholesky(cov + jitter * np.eye(len(cov)))

@@ -1,4 +1,4 @@
-"""Progress of a fit on standard error: stage, bound, rate."""
+"""Progress of a fit on standard error: stage, ELBO, rate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Progress:
         self._stage, self._steps, self._since = "", 0, time.monotonic()
 
     def _line(self, text: str) -> None:
-        """Where standard error is not a terminal: one plain line per stage, and every few seconds."""
+        """Where standard error is not a terminal: one plain line at the start of a stage, and every few seconds."""
         if self._show and not self._console.is_terminal:
             self._console.print(text, highlight=False)
             self._told = time.monotonic()
@@ -41,7 +41,6 @@ class Progress:
     def stage(self, name: str) -> None:
         """Enter a stage."""
         if name != self._stage:
-            self._line(name)
             self._stage, self._steps, self._since = name, 0, time.monotonic()
             self._bar.update(self._task, description=name)
 
@@ -51,9 +50,9 @@ class Progress:
         self._steps += 1
         rate = self._steps / max(time.monotonic() - self._since, 1e-9)
         done = f", {100 * share:.0f} %" if share == share else ""
-        text = f"{stage}: step {self._steps}, bound {value:,.3f}, {rate:.1f}/s{done}"
+        text = f"{stage}: step {self._steps}, ELBO {value:,.3f}, {rate:.1f}/s{done}"
         self._bar.update(self._task, description=text)
-        if time.monotonic() - self._told > LINE_SECONDS:
+        if self._steps == 1 or time.monotonic() - self._told > LINE_SECONDS:
             self._line(text)
 
     def __enter__(self) -> Progress:

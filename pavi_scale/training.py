@@ -20,7 +20,7 @@ from pavi_scale.batching import batches, closure, shards, splittable
 from pavi_scale.computation import StudyComputation, flat_positions
 from pavi_scale.guide.blocks import coordinates
 from pavi_scale.guide.root import StudentT
-from pavi_scale.marginal import Pool, find_mode, other_modes, polish, refit, whitening
+from pavi_scale.marginal import Pool, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
@@ -177,6 +177,8 @@ class Trainer:
         return self._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, converged, spread / 3.0)
 
     def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float) -> Fitted:
+        order = near_order(points)
+        points, weight = points[order], weight[order]
         raw = np.tril(gaussian.chol, -1) + np.diag(np.log(np.maximum(np.diagonal(gaussian.chol), 1e-300)))
         state = {**self.state, "pool/points": points, "pool/weight": weight, "root/loc": gaussian.loc, "root/raw": raw}
         return Fitted(state, self.trace, converged, khat, self.modes, float(1.0 / np.sum(weight**2) / len(weight)))

@@ -130,7 +130,7 @@ def test_multimodal_local_is_not_ok(tmp_path):
     assert ((share > 0.2) & (share < 0.8)).all() or posterior.status != "ok"
 
 
-def test_label_switching_is_not_ok(tmp_path):
+def test_mixture_centres_are_found(tmp_path):
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(-3, 0.5, 30), rng.normal(3, 0.5, 30)])
     model = ps.Model(

@@ -71,7 +71,7 @@ def _bound(name):
 def _fit(name, shrink=1.0, seed=0):
     bound, mean, sd = _bound(name)
     draws = mean + 3 * sd * np.random.default_rng(seed).normal(size=(64, len(mean)))
-    mode = find_mode(bound, draws, starts=2, max_evaluations=200, on_step=lambda *a: None)
+    mode, _ = find_mode(bound, draws, starts=2, max_evaluations=200, deadline=math.inf, on_step=lambda *a: None)[0]
     _, scale = whitening(draws)
     mode, cov = polish(bound, mode, scale, 3)[:2]
     return refit(bound, mode, shrink * cov, seed=seed, per_round=256, target=1500.0, max_points=8192, deadline=math.inf, on_step=lambda *a: None), mean, sd
