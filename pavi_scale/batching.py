@@ -132,20 +132,28 @@ def shards(layout: Layout, plate: str | None, per_shard: int) -> list[Shard]:
     return [Shard(plate, a, min(a + per_shard, n), a == 0) for a in range(0, n, per_shard)]
 
 
-def batches(layout: Layout, plates: Mapping[str, int], seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless random selections without replacement: each plate's units are shuffled once per its own epoch.
+def batches(layout: Layout, plates: Mapping[str, int], seed: int, cells: Mapping[str, int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """Endless random selections without replacement: each plate's cells are shuffled once per its own epoch.
+
+    A cell is a run of neighbouring units that are selected together, so that a selection touches few chunks of a store (block shuffle,
+    CorgiPile, Xu et al. 2022). Each unit's inclusion probability is (cells per selection) / (cells), also in a shorter last cell.
 
     Args:
         layout: The layout.
         plates: Plate -> units per selection.
         seed: Seed of the shuffles.
+        cells: Plate -> units of a cell; 1 where absent.
     """
     def one(plate: str, size: int) -> Iterator[np.ndarray]:
         epoch, n = 0, layout.cardinality[plate]
+        length = (cells or {}).get(plate, 1)
+        count, together = -(-n // length), max(1, size // length)
         while True:
-            order = np.random.default_rng(stream(seed, "batches", plate, epoch) % 2**63).permutation(n)
-            for start in range(0, n - size + 1, size):
-                yield np.sort(order[start : start + size])
+            order = np.random.default_rng(stream(seed, "batches", plate, epoch) % 2**63).permutation(count)
+            for start in range(0, count - together + 1, together):
+                picked = np.sort(order[start : start + together])
+                units = (picked[:, None] * length + np.arange(length)).ravel()
+                yield units[units < n]
             epoch += 1
 
     sources = {p: one(p, min(size, layout.cardinality[p])) for p, size in plates.items()}

@@ -28,6 +28,7 @@ from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
+from pavi_scale.memory import keep_freed_memory
 from pavi_scale.moments import Moments
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
@@ -54,6 +55,7 @@ class StudySpec:
 
     def build(self) -> StudyComputation:
         """Open the cohort and build the guide."""
+        keep_freed_memory()
         cohort = self.cohort.open(self.model)
         return StudyComputation(make_graph(cohort), cohort, self.settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 from pavi_scale.errors import InputError
@@ -26,6 +27,19 @@ def parse_bytes(size: str | int | float) -> int:
     if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
         raise InputError("not a size in bytes", where="memory", expected="a positive number with a unit, such as '4 GiB'", got=repr(size))
     return int(float(match.group(1)) * _UNITS[unit])
+
+
+def keep_freed_memory(limit: int = 256 << 20) -> bool:
+    """Let the C library keep up to `limit` freed bytes instead of returning them at once, where it is glibc.
+
+    Dask starts its workers with a limit of 64 KiB; every temporary array is then mapped, zeroed by the kernel and unmapped again, which
+    takes as long as the arithmetic. Returns whether it was set.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(-1, limit)) and bool(libc.mallopt(-3, 1 << 30))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        return False
 
 
 def format_bytes(size: float) -> str:

@@ -36,6 +36,7 @@ SECONDS_PER_FLOP = 5e-11
 TYPICAL_ITERATIONS = 6  # Newton steps to a mode
 RESTART_STEPS = 25
 PRIOR_STARTS = 4
+RUNS = 4  # runs of neighbouring units in one selection from a store
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
@@ -246,8 +247,10 @@ class Trainer:
                 yield {}, {}
         share = (units / total) ** (1 / len(tops))
         sizes = {p: max(1, min(layout.cardinality[p], math.ceil(share * layout.cardinality[p]))) for p in tops}
-        weight = {p: layout.cardinality[p] / size for p, size in sizes.items()}
-        for chosen in batches(layout, sizes, self.seed):
+        # Units in memory are selected one by one; in a store, in a few runs.
+        cells = {p: max(1, size // RUNS) if study.cohort.chunk(p) else 1 for p, size in sizes.items()}
+        weight = {p: -(-layout.cardinality[p] // cells[p]) / max(1, size // cells[p]) for p, size in sizes.items()}
+        for chosen in batches(layout, sizes, self.seed, cells):
             yield chosen, weight
 
     # -- free rows ----------------------------------------------------------------------------------------------------------

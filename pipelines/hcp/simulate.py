@@ -35,14 +35,14 @@ def smooth_fields(points: np.ndarray, fields: int, rng: np.random.Generator, bum
 def make_cohort(store: str, subjects: int = 20, vertices: int = VERTICES, sessions: int = 2, features: int = 32, seed: int = 0) -> None:
     """Write a synthetic cohort: `x` in the store's root group, the latents it was made from in its group `truth`.
 
-    x is (subject, session, vertex, feature), float32, in checksummed chunks of one subject and 16,384 vertices (4 MiB). One subject is in memory at a time.
+    x is (subject, session, vertex, feature), float32, in checksummed chunks of one subject and 1,024 vertices (256 KiB). One subject is in memory at a time.
     """
     rng = np.random.default_rng(seed)
     mu = rng.standard_normal((NETWORKS, features)).astype(np.float32)
     rho = (LOGIT_SCALE * smooth_fields(sphere(vertices), NETWORKS, rng)).astype(np.float32)
     root = zarr.create_group(Path(store), zarr_format=3)
     truth = root.create_group("truth")
-    step = min(vertices, 16_384)
+    step = min(vertices, 1024)
     x = _array(root, "x", (subjects, sessions, vertices, features), ("subject", "session", "vertex", "feature"), (1, sessions, step, features))
     of_subject = _array(truth, "mu_subject", (subjects, NETWORKS, features), ("subject", "network", "feature"))
     of_session = _array(truth, "mu_session", (subjects, sessions, NETWORKS, features), ("subject", "session", "network", "feature"))
