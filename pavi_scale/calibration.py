@@ -32,7 +32,7 @@ class Calibration:
         return np.searchsorted(distance, levels, side="right") / len(distance)
 
 
-def calibrate(posterior: Posterior, truth: Any, draws: int = 200, values: int = 2000, seed: int = 0) -> Calibration:
+def calibrate(posterior: Posterior, truth: Any, draws: int = 100, values: int = 500, seed: int = 0) -> Calibration:
     """Rank true values among posterior draws.
 
     Args:

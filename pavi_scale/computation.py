@@ -26,9 +26,9 @@ from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.root import RootSpace
+from pavi_scale.memory import keep_freed_memory
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
-from pavi_scale.memory import keep_freed_memory
 from pavi_scale.moments import Moments
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
