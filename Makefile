@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/python -m pipelines.hcp demo
 
 test: lint
-	$(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

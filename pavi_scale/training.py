@@ -18,7 +18,7 @@ from scipy.stats import norm, qmc
 
 from pavi_scale.batching import batches, closure, shards, splittable
 from pavi_scale.computation import StudyComputation, flat_positions
-from pavi_scale.guide.blocks import coordinates
+from pavi_scale.guide.blocks import coordinates, fan_in
 from pavi_scale.guide.root import StudentT
 from pavi_scale.marginal import Pool, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.optimizers import Adam
@@ -289,7 +289,8 @@ class Trainer:
     def _adam(self, scale: np.ndarray) -> Adam:
         # Adam's first steps are all of the same length: hundreds of off-diagonal entries in a row of L would drown the diagonal.
         coupling = 0.1 / len(scale) if 0 < len(scale) <= FULL_RANK else 0.0
-        return Adam(rate=0.05, scale={"root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * coupling)})
+        sites = {f"site/{b.name}": np.repeat([1.0, 2.0], b.dim) for b in self.study.guide.blocks if b.free}
+        return Adam(rate=0.05, scale={**sites, "root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * coupling)})
 
     def _initial(self, root: np.ndarray, scale: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         study = self.study
@@ -298,6 +299,8 @@ class Trainer:
             if block.free:
                 n = math.prod(study.layout.cardinality[p] for p in block.plates)
                 rows = study.prior_rows(block, root, n, seed)
+                # Information grows with the children; a site that starts too wide lets its parents take the data's precision for their own.
+                rows[:, block.dim :] = math.log(max(1.0, fan_in(study.graph, study.layout.cardinality, block) / 10))
                 state[f"site/{block.name}"] = rows
         return state
 

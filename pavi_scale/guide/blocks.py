@@ -209,6 +209,13 @@ def coordinates(component: Component, cardinality: Mapping[str, int]) -> int:
     return sum(b.dim * math.prod(cardinality[p] for p in b.plates) for b in component.blocks)
 
 
+def fan_in(graph: Graph, cardinality: Mapping[str, int], block: Block) -> float:
+    """Children of one unit of a block, of the variable that has most."""
+    units = math.prod(cardinality[p] for p in block.plates)
+    children = [v for v in graph.model.of_kind("latent", "observed") if v.name not in block.latents and set(v.parents) & set(block.latents)]
+    return max((math.prod(cardinality[p] for p in v.plates) / units for v in children), default=0.0)
+
+
 def choose_free(graph: Graph, cardinality: Mapping[str, int], limit: int = DENSE_LIMIT) -> frozenset[frozenset[str]]:
     """The fewest coarse blocks to free so that every component is a tree or small enough to be dense.
 
@@ -221,10 +228,5 @@ def choose_free(graph: Graph, cardinality: Mapping[str, int], limit: int = DENSE
         if not hard:
             return free
 
-        def fan_in(block: Block, component: Component) -> float:
-            below = [f.variable for f in component.factors if block.name in dict(f.touches) and f.variable not in block.latents]
-            units = math.prod(cardinality[p] for p in block.plates)
-            return max((math.prod(cardinality[p] for p in graph.model.variables[n].plates) / units for n in below), default=0.0)
-
         candidates = [b for b in hard[0].blocks if not b.free]
-        free = free | {frozenset(max(candidates, key=lambda b: fan_in(b, hard[0])).plates)}
+        free = free | {frozenset(max(candidates, key=lambda b: fan_in(graph, cardinality, b)).plates)}

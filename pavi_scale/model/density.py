@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributions.constraints import Constraint
 from pavi_scale.errors import ModelError
 from pavi_scale.links import Link, make_link
 from pavi_scale.model.promote import Promote
+from pavi_scale.model.simulate.batched import expanded, unvalidated
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Selection, ancestors
 
@@ -30,39 +31,6 @@ class Aligned:
     value: Tensor
     axes: tuple[str, ...]
     particles: bool
-
-
-@contextlib.contextmanager
-def unvalidated() -> Iterator[None]:
-    """Argument validation of torch distributions off inside (it costs, and cannot run under vmap); restored after."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-def expanded(law: Distribution, shape: tuple[int, ...], where: str) -> Distribution:
-    """The law of one ground unit broadcast to its variable's event shape.
-
-    Raises:
-        ModelError: The law's own shape does not broadcast to `shape`.
-    """
-    own = tuple(law.batch_shape) + tuple(law.event_shape)
-    inner = len(law.event_shape)
-    batch = shape[: len(shape) - inner]
-    fits = len(own) <= len(shape) and tuple(shape[len(shape) - inner :]) == tuple(law.event_shape)
-    fits = fits and all(a in (1, b) for a, b in zip(reversed(law.batch_shape), reversed(batch), strict=False))
-    if not fits:
-        raise ModelError(
-            "law returns a distribution of the wrong shape",
-            where=where,
-            expected=f"a shape that broadcasts to {shape}",
-            got=str(own),
-            remedy="return one ground unit's law; name its event dimensions in dims=",
-        )
-    return law if tuple(law.batch_shape) == batch else law.expand(torch.Size(batch))
 
 
 def support_of(law: Distribution, where: str) -> Constraint:
