@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.cluster.vq import kmeans2
+from scipy.cluster.vq import ClusterError, kmeans2
 
 from pavi_scale.batching import closure, splittable
 from pavi_scale.computation import StudyComputation
@@ -12,6 +12,7 @@ from pavi_scale.rng import stream
 
 SAMPLE = 6_000  # observed vectors that are clustered
 MIXTURE_STARTS = 2
+CLUSTERINGS = 10
 
 
 def start_points(study: StudyComputation, draws: np.ndarray, seed: int) -> np.ndarray:
@@ -27,7 +28,8 @@ def start_points(study: StudyComputation, draws: np.ndarray, seed: int) -> np.nd
     for name, rows in found:
         start = sum(s for n, s in zip(study.space.names, study.space.sizes, strict=True) if study.space.names.index(n) < study.space.names.index(name))
         for i in range(MIXTURE_STARTS):
-            points[i, start : start + rows[i].size] = rows[i].ravel()
+            centre = rows[i % len(rows)]
+            points[i, start : start + centre.size] = centre.ravel()
     return points
 
 
@@ -43,10 +45,23 @@ def centres(study: StudyComputation, name: str, seed: int) -> tuple[str, list[np
             k = graph.shape(v)[0]
             if len(sample) < 4 * k:
                 return None
-            generators = [np.random.default_rng(stream(seed, name, i) % 2**63) for i in range(MIXTURE_STARTS)]
-            sets = [kmeans2(sample, k, iter=20, minit="++", seed=generator, missing="warn")[0] for generator in generators]
+            sets = clusterings(sample, k, stream(seed, name))
+            if not sets:
+                return None
             return name, [s.reshape(graph.shape(v)) for s in sets]
     return None
+
+
+def clusterings(sample: np.ndarray, k: int, seed: int) -> list[np.ndarray]:
+    """The tightest `MIXTURE_STARTS` of several k-means clusterings of `[m, d]`, each `[k, d]`: single ones often merge two clusters."""
+    found = []
+    for attempt in range(CLUSTERINGS):
+        try:
+            rows, label = kmeans2(sample, k, iter=20, minit="++", seed=np.random.default_rng(stream(seed, attempt) % 2**63), missing="raise")
+        except ClusterError:
+            continue  # a cluster ran empty
+        found.append((float(((sample - rows[label]) ** 2).sum()), attempt, rows))
+    return [rows for _, _, rows in sorted(found, key=lambda f: f[:2])[:MIXTURE_STARTS]]
 
 
 def _ancestry(study: StudyComputation, name: str) -> set[str]:
