@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -167,7 +170,7 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
-        with Progress(progress) as bar:
+        with terminable(), Progress(progress) as bar:
             state, facts = train(run, study, computation, engine, config, deadline, bar)
             bar.stage("posterior")
             facts |= write_posterior(run, study, computation, engine, state, facts, config)
@@ -178,6 +181,19 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     finally:
         engine.close()
     return Posterior.open(run, load_context(str(run.path), study.cohort.model, computation))
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM (preemption, `kill`) ends a fit as Ctrl-C does, unless the program has a handler of its own."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def train(

@@ -125,9 +125,12 @@ def mcmc():
     return metropolis
 
 
+# At module level: a run names its model by import path, and other processes open it.
+conjugate_model, conjugate_cohort, conjugate_evidence, conjugate_latents = gre((1.0, 0.5, 0.3), (6, 2), np.array([3, 5, 1, 8, 2, 4]), 3)
+
+
 @pytest.fixture(scope="session")
 def conjugate():
     """A ragged Gaussian model, its cohort and its fitted posterior, with coordinates: shared by tests that only read."""
-    model, cohort, evidence, latents = gre((1.0, 0.5, 0.3), (6, 2), np.array([3, 5, 1, 8, 2, 4]), 3)
-    cohort = cohort.assign_coords(group=list("abcdef"), feature=["u", "v"])
-    return model, cohort, evidence, latents
+    cohort = conjugate_cohort.assign_coords(group=list("abcdef"), feature=["u", "v"])
+    return conjugate_model, cohort, conjugate_evidence, conjugate_latents
