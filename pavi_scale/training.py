@@ -267,20 +267,21 @@ class Trainer:
         schedule = Levelling()
         adam = self._adam(scale)
         source = self._batches(self.study.settings.chunk // 16)
-        tail: list[dict[str, np.ndarray]] = []
+        average: dict[str, np.ndarray] = {}
+        averaged = 0
         step = 0
         while not schedule.done(time.monotonic() > self.deadline):
             value = self._step(adam, source, step, schedule.rate())
             schedule.add(value)
             step += 1
-            if schedule.annealing > 0.5:
-                tail.append({k: self.state[k].copy() for k in ("root/loc", "root/raw")})
+            if schedule.annealing > 0.3:  # iterate averaging: what is left of the selections' noise
+                averaged += 1
+                for k, v in self.state.items():
+                    average[k] = v.copy() if averaged == 1 else average[k] + (v - average[k]) / averaged
             self.tell("elbo", value)
             if step % 200 == 0:
                 on_checkpoint({k: v for k, v in self.state.items()}, step)
-        for k in ("root/loc", "root/raw"):
-            if tail:
-                self.state[k] = np.mean([t[k] for t in tail], 0)
+        self.state.update(average)
         raw = self.state["root/raw"]
         gaussian = StudentT(self.state["root/loc"], np.tril(raw, -1) + np.diag(np.exp(np.diagonal(raw))))
         points = gaussian.sample(self._normals("pool", POOL, space.dim), np.full(POOL, 0.5)) if space.dim else np.zeros((1, 0))
@@ -351,7 +352,7 @@ class Trainer:
 
 
 class Levelling:
-    """Step size and stopping: a constant rate until the ELBO has levelled, then half as long again of cosine annealing.
+    """Step size and stopping: a constant rate until the ELBO has levelled, then as long again of cosine annealing.
 
     Levelled: over the last two windows of steps the mean rose by less than twice its standard error, twice running.
     """
@@ -383,7 +384,7 @@ class Levelling:
         """How far the annealing is, 0 to 1."""
         if self.anneal_from is None:
             return 0.0
-        return min(1.0, (len(self.values) - self.anneal_from) / max(1, self.anneal_from // 2))
+        return min(1.0, (len(self.values) - self.anneal_from) / max(1, self.anneal_from))
 
     def rate(self) -> float:
         """Step size now."""
