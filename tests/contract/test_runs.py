@@ -241,7 +241,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_resume_after_a_signal(name, tmp_path):
     """Whenever the signal comes, the run is resumed to the undisturbed numbers, or says that it had not begun."""
     script = tmp_path / "study.py"
