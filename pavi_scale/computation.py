@@ -6,7 +6,7 @@ A task names ground units; a `StudyComputation` reads their data (and keeps them
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +21,19 @@ from pavi_scale.elbo import Weights, correctors, local_elbo, reduced_elbo
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import Block, Component
 from pavi_scale.guide.correction import Corrections, observations
-from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.curvature import LocalModel, absorbable
 from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.root import RootSpace
+from pavi_scale.holding import Holding, Key
 from pavi_scale.memory import keep_freed_memory
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
 from pavi_scale.moments import Moments
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
-from pavi_scale.reduced import Reduced, Value, read
+from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.settings import Settings, make_graph, precision
 
@@ -74,32 +75,42 @@ class StudyComputation:
         self.layout: Layout = cohort.layout
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
-        self._cache: OrderedDict[object, tuple[Reduced, int]] = OrderedDict()
+        self._holding = Holding(settings.cache_bytes)
+        self._used = threading.local()
+        self._spent = spent(self.guide.components, graph.model)
         self._corrections: Corrections | None = None
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
         data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
-        self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype, partial=True))
+        self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype))
 
     # -- data -------------------------------------------------------------------------------------------------------------------
 
-    def reduced(self, selection: Selection, names: Sequence[str] | None = None, key: object = None) -> Reduced:
-        """The reduced model of a selection; kept under `key` while memory allows."""
-        if key is not None and key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key][0]
-        wanted = names if names is not None else [v.name for v in self.graph.model.of_kind("observed", "covariate")]
-        data = read(self.graph, selection, wanted, self.cohort)
-        made = Reduced(self.graph, selection, data, dtype=self.dtype, partial=names is not None)
+    def reduced(self, selection: Selection, names: Sequence[str] | None = None, key: Key | None = None) -> Reduced:
+        """The reduced model of a selection; data are read when they are needed, and kept under `key` while memory allows."""
         if key is not None:
-            size = 2 * sum(x.numel() * x.element_size() for x in made.data.values())
-            if size <= self.settings.cache_bytes:
-                while self._cache and sum(s for _, s in self._cache.values()) + size > self.settings.cache_bytes:
-                    self._cache.popitem(last=False)
-                self._cache[key] = made, size
-        return made
+            found = self._holding.get(key)
+            if found is None:
+                found = self.reduced(selection, names)
+            self._used.last = key, found
+            return found
+        wanted = names if names is not None else [v.name for v in self.graph.model.of_kind("observed", "covariate")]
+        return Reduced(self.graph, selection, Reading(self.graph, selection, wanted, self.cohort), dtype=self.dtype)
+
+    def _settle(self) -> None:
+        """After a task: let go of data whose laws are summed up, and keep the rest while memory allows."""
+        key, reduced = getattr(self._used, "last", None) or (None, None)
+        if reduced is None:
+            return
+        self._used.last = None
+        reduced.forget(name for name, laws in self._spent.items() if all(law in reduced.absorbed for law in laws))
+        self._holding.keep(key, reduced)
 
     def shard(self, task: Mapping[str, Any]) -> tuple[Reduced, Shard]:
-        """The reduced model of a task's shard."""
+        """The reduced model of a task's shard, or of its part of a random sample that stands for the whole cohort."""
+        if "sample" in task:
+            units, split = np.asarray(task["sample"]), str(self.settings.split)
+            shard = Shard(split, int(units[0]), int(units[-1]) + 1, bool(task["first"]))
+            return self.reduced(closure(self.layout, {split: units}, {split: float(task["scale"])}), key=("sample", task["size"], shard.start)), shard
         shard = Shard(*task["shard"])
         return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
 
@@ -200,7 +211,9 @@ class StudyComputation:
             answer = getattr(self, f"task_{kind}", None)
             if answer is None:
                 raise NumericalError("unknown kind of task", got=kind)
-            return answer(state, task)  # type: ignore[no-any-return]
+            found: dict[str, np.ndarray] = answer(state, task)
+            self._settle()
+            return found
 
     def task_bound(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """sum_n L_n(root_k) of a shard at `state["points"]` `[K, R]`, with gradients if the task asks for them."""
@@ -351,6 +364,17 @@ class StudyComputation:
     def block(self, name: str) -> Block:
         """A block by name."""
         return next(b for b in self.guide.blocks if b.name == name)
+
+
+def spent(components: Sequence[Component], model: Model) -> dict[str, list[tuple[str, str]]]:
+    """Data that nobody needs once the laws that read them are summed up: variable -> keys of those laws in `Reduced.absorbed`."""
+    laws = {f.variable: (c, f) for c in components for f in c.factors if model.variables[f.variable].kind == "observed" and absorbable(c, f, model)}
+    readers: dict[str, list[str]] = {v.name: [v.name] for v in model.of_kind("observed")}
+    for v in model.variables.values():
+        for p in v.parents:
+            if model.variables[p].kind != "latent":
+                readers.setdefault(p, []).append(v.name)
+    return {name: [(laws[r][0].name, r) for r in who] for name, who in readers.items() if all(r in laws for r in who)}
 
 
 def inputs_of(model: Model, component: Component) -> list[str]:

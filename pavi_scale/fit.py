@@ -31,6 +31,9 @@ from pavi_scale.study import Encoding, Study, prepare
 from pavi_scale.training import Fitted, Trainer
 from pavi_scale.writing import load_context, write_posterior
 
+TRACED = 256  # root coordinates up to which q(root) is kept with the trace
+CHECKED_FIRST = 64 << 20  # bytes of a variable up to which it is read once, for bad values, before anything is computed
+
 
 def fit(
     model: Model,
@@ -76,18 +79,19 @@ def fit(
         >>> round(float(posterior.datatree["posterior_mean"]["mu"]), 2)
         0.75
     """
+    began = time.monotonic()
     check_options(seed, max_time, device)
     config = {"seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time}
     if not isinstance(model, Model):
         raise ModelError("the first argument is not a model", expected="pavi_scale.Model", got=type(model).__name__)
     opened = open_cohort(cohort, model)
     study = make_study(opened, config, client)
-    opened.check_values()
+    opened.check_values(limit_bytes=CHECKED_FIRST)
     directory = Run.create(run)
     check_disk(study, directory)
     with directory.lock():
         record(directory, opened, study, config)
-        return complete(directory, study, config, client, progress)
+        return complete(directory, study, config, client, progress, began)
 
 
 def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", client: Client | None = None) -> Plan:
@@ -106,6 +110,7 @@ def resume(run: str | os.PathLike[str], *, model: Model | None = None, client: C
     Raises:
         RunError: No run there, or model or cohort have changed since (the message names what).
     """
+    began = time.monotonic()
     directory = Run.open(run)
     study_record = directory.read_study()
     if directory.generation is not None and directory.state().get("phase") == "done":
@@ -115,7 +120,7 @@ def resume(run: str | os.PathLike[str], *, model: Model | None = None, client: C
     config = study_record["config"]
     study = make_study(opened, {**config, "encoding": encoding_from(config["encoding"])}, client)
     with directory.lock():
-        return complete(directory, study, config, client, progress)
+        return complete(directory, study, config, client, progress, began)
 
 
 def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -> Posterior:
@@ -164,14 +169,14 @@ def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None)
 # -- the run --------------------------------------------------------------------------------------------------------------------
 
 
-def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client | None, progress: bool) -> Posterior:
+def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client | None, progress: bool, began: float) -> Posterior:
     """Train unless that is done, then write the posterior."""
-    deadline = time.monotonic() + float(config.get("max_time") or math.inf)
+    deadline = began + float(config.get("max_time") or math.inf)
     engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
         with terminable(), Progress(progress) as bar:
-            state, facts = train(run, study, computation, engine, config, deadline, bar)
+            state, facts = train(run, study, computation, engine, config, (began, deadline), bar)
             bar.stage("posterior")
             facts |= write_posterior(run, study, computation, engine, state, facts, config)
             run.commit(state, facts)
@@ -197,17 +202,17 @@ def terminable() -> Iterator[None]:
 
 
 def train(
-    run: Run, study: Study, computation: StudyComputation, engine: Engine, config: Mapping[str, Any], deadline: float, bar: Progress
+    run: Run, study: Study, computation: StudyComputation, engine: Engine, config: Mapping[str, Any], span: tuple[float, float], bar: Progress
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Weights and facts of the trained guide; taken from the run where it has them."""
+    """Weights and facts of the trained guide; taken from the run where it has them. `span`: when the call began, and its deadline."""
     resumed = None
+    (began, deadline) = span
     if run.generation is not None:
         tensors, facts = run.latest()
         if facts["phase"] != "training":
             return tensors, facts
         resumed = (tensors, int(facts["step"]))
-    trainer = Trainer(computation, engine, int(config["seed"]), deadline, bar.update)
-    began = time.monotonic()
+    trainer = Trainer(computation, engine, int(config["seed"]), deadline, bar.update, began)
     if study.settings.free:
         def checkpoint(state: dict[str, np.ndarray], step: int) -> None:
             run.commit(state, {"phase": "training", "step": step})
@@ -225,6 +230,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
     """The JSON part of a trained run."""
     khat = fitted.khat if math.isfinite(fitted.khat) else None
     late = time.monotonic() > deadline
+    few = fitted.history if fitted.history and len(fitted.history[0][1]) <= TRACED else []
     trace = [[stage, value if math.isfinite(value) else None] for stage, value in fitted.trace]
     return {
         "phase": "trained",
@@ -233,5 +239,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
         "modes": fitted.modes,
         "efficiency": fitted.efficiency,
         "trace": trace,
+        "trace_seconds": fitted.seconds,
+        "history": {"step": [i for i, _, _ in few], "loc": [loc.tolist() for _, loc, _ in few], "sd": [sd.tolist() for _, _, sd in few]},
         "seconds": seconds,
     }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,33 +33,44 @@ class Reduced:
     Args:
         graph: Model with its links.
         selection: Selected ground units.
-        data: Observed variables and covariates on those units, `[*sizes(plates), *event]`; NaN marks a masked observation.
+        data: Observed variables and covariates on those units, `[*sizes(plates), *event]`; NaN marks a masked observation. A variable is
+            looked up when it is first needed, so that a mapping may read it from a store then (`Reading`).
         dtype: Floating-point type of the computation.
         device: Where it runs.
-        partial: Whether `data` may lack variables (those that are never asked for).
     """
 
-    def __init__(
-        self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: str = "cpu", partial: bool = False
-    ) -> None:
+    def __init__(self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         self.graph, self.selection, self.dtype, self.device = graph, selection, dtype, device
-        self.data: dict[str, Tensor] = {}
+        self.data = _Data(self, data)
         self.masks: dict[str, Tensor] = {}
-        for v in graph.model.of_kind("observed", "covariate"):
-            if partial and v.name not in data:
-                continue
-            x = data[v.name].to(device=device, dtype=dtype)
-            if v.missing == "mask":
-                seen = ~torch.isnan(x)
-                # A masked entry is given some value of the support, so that its (unused) density and gradient stay finite.
-                filler = graph.fillers[v.name].to(device=device, dtype=dtype)
-                self.masks[v.name] = seen.to(dtype)
-                x = torch.where(seen, x, filler)
-            self.data[v.name] = x
         self._aligned: dict[tuple[str, tuple[str, ...]], Aligned] = {}
         self._index: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor | None] = {}
         self.absorbed: dict[object, Any] = {}  # laws summed up once for all (see guide.curvature)
         self._weights: dict[tuple[str, ...], Tensor] = {}
+
+    def prepare(self, name: str, raw: Tensor) -> Tensor:
+        """Data in the precision of the computation; what was not observed becomes a mask."""
+        x = raw.to(device=self.device, dtype=self.dtype)
+        if self.graph.model.variables[name].missing == "mask":
+            seen = ~torch.isnan(x)
+            # A masked entry is given some value of the support, so that its (unused) density and gradient stay finite.
+            self.masks[name] = seen.to(self.dtype)
+            x = torch.where(seen, x, self.graph.fillers[name].to(device=self.device, dtype=self.dtype))
+        return x
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of variables that are not needed any more (they are read again if they are)."""
+        for name in names:
+            self.data.pop(name, None)
+            self.masks.pop(name, None)
+            for key in [k for k in self._aligned if k[0] == name]:
+                del self._aligned[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held: data, masks, copies aligned to other plates, and laws summed up."""
+        held = {t.untyped_storage().data_ptr(): t for t in (*self.data.values(), *self.masks.values(), *(a.value for a in self._aligned.values()))}
+        return sum(t.numel() * t.element_size() for t in held.values()) + sum(getattr(a, "nbytes", 0) for a in self.absorbed.values())
 
     def sizes(self, plates: tuple[str, ...]) -> tuple[int, ...]:
         """Numbers of selected units."""
@@ -118,7 +129,50 @@ class Reduced:
         return out.expand(out.shape[0], *self.sizes(v.plates), *self.graph.links[name].base_shape).to(self.dtype)
 
 
-def read(graph: Graph, selection: Selection, names: Sequence[str], source: object) -> dict[str, Tensor]:
-    """Data of `names` on the selected units, from anything with `read(name, units)` (a `Cohort`)."""
-    reader = source.read  # type: ignore[attr-defined]
-    return {n: torch.as_tensor(np.asarray(reader(n, {p: selection.units[p] for p in graph.model.variables[n].plates}))) for n in names}
+class _Data(dict[str, Tensor]):
+    """Data by name, prepared on first use."""
+
+    def __init__(self, reduced: Reduced, source: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._reduced, self._source = reduced, source
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self._reduced.prepare(name, self._source[name])
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._source
+
+
+class Reading(Mapping[str, Tensor]):
+    """Data of a selection, read from a cohort when asked for.
+
+    Args:
+        graph: The model.
+        selection: The ground units.
+        names: Variables that may be asked for.
+        source: Anything with `read(name, units)`, a `Cohort`.
+    """
+
+    def __init__(self, graph: Graph, selection: Selection, names: Sequence[str], source: Source) -> None:
+        self._graph, self._selection, self._names, self._source = graph, selection, tuple(names), source
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        plates = self._graph.model.variables[name].plates
+        return torch.as_tensor(np.asarray(self._source.read(name, {p: self._selection.units[p] for p in plates})))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Source(Protocol):
+    """What data are read from."""
+
+    def read(self, name: str, units: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Values of a variable on the given units of its plates."""
+        ...

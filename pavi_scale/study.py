@@ -20,7 +20,7 @@ from pavi_scale.guide.root import RootSpace
 from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
 from pavi_scale.planning import Plan, make_plan
-from pavi_scale.reduced import Reduced, Value, read
+from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.settings import Settings, make_graph, precision
 
 CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
@@ -173,7 +173,7 @@ def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Red
     tops = splittable(graph.model, guide.components)
     selection = closure(cohort.layout, {p: np.arange(min(units, cohort.layout.cardinality[p])) for p in tops})
     names = [v.name for v in graph.model.of_kind("observed", "covariate")]
-    return Reduced(graph, selection, read(graph, selection, names, cohort))
+    return Reduced(graph, selection, Reading(graph, selection, names, cohort))
 
 
 def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from scipy.stats import norm, qmc
 from pavi_scale.batching import batches, closure, shards, splittable
 from pavi_scale.computation import StudyComputation, flat_positions
 from pavi_scale.guide.blocks import coordinates, fan_in
+from pavi_scale.guide.curvature import absorbable
 from pavi_scale.guide.root import StudentT
-from pavi_scale.marginal import Pool, find_mode, near_order, other_modes, polish, refit, whitening
+from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
+from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
 from pavi_scale.starts import start_points
@@ -38,6 +41,9 @@ RESTART_STEPS = 25
 PRIOR_STARTS = 4
 RUNS = 4  # runs of neighbouring units in one selection from a store
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
+CHECK_SECONDS = 1.0  # modelled, of comparing a normal q(root) with L
+ALIKE = 0.05  # spread of log p - log q below which a normal q(root) is kept: an importance refit would move it by less than that many sds
+ASCENTS = 8  # gradients of the whole that a mode may take
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
 WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
@@ -54,6 +60,8 @@ class Fitted:
         khat: Pareto k-hat of the root's importance weights.
         modes: Distinct modes of comparable height that were found.
         efficiency: Effective sample size of the root's weights over their number.
+        seconds: Of each entry of the trace, since `began`.
+        history: q(root) on the way: (entry of the trace, location, standard deviation), unconstrained.
     """
 
     state: dict[str, np.ndarray]
@@ -62,6 +70,8 @@ class Fitted:
     khat: float
     modes: int = 1
     efficiency: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass
@@ -74,6 +84,7 @@ class Trainer:
         seed: Seed of everything.
         deadline: `time.monotonic()` by which training should end.
         report: Told of progress.
+        began: `time.monotonic()` that the trace's seconds count from.
     """
 
     study: StudyComputation
@@ -81,9 +92,12 @@ class Trainer:
     seed: int
     deadline: float
     report: Report
+    began: float = field(default_factory=time.monotonic)
     trace: list[tuple[str, float]] = field(default_factory=list)
     state: dict[str, np.ndarray] = field(default_factory=dict)
     modes: int = 1
+    seconds: list[float] = field(default_factory=list)
+    history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def tasks(self, **extra: Any) -> list[dict[str, Any]]:
         """One task per shard of the cohort."""
@@ -94,10 +108,12 @@ class Trainer:
         found = shards(self.study.layout, self.study.settings.split, length)
         return [{"shard": (s.plate, s.start, s.stop, s.first), "seed": self.seed, **extra} for s in found]
 
-    def bound(self, points: np.ndarray, gradient: bool, weighted: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """L at root points `[K, R]`, over all shards; `weighted` for the importance-weighted value where cores are not exact."""
+    def bound(self, points: np.ndarray, gradient: bool, weighted: bool = False, sample: Sample | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """L at root points `[K, R]`, over all shards or a sample; `weighted` for the importance-weighted value where cores are not exact."""
         state = {**self.state, "points": np.ascontiguousarray(points)}
-        answers = self.engine.round("bound", state, self.tasks(gradient=gradient, weighted=weighted))
+        asked = {"gradient": gradient, "weighted": weighted}
+        tasks = self.tasks(**asked) if sample is None else [{**t, "seed": self.seed, **asked} for t in sample.tasks()]
+        answers = self.engine.round("bound", state, tasks)
         z = torch.tensor(points, dtype=torch.float64, requires_grad=gradient)
         prior = self.study.space.log_prior(z)
         value = prior.detach().numpy() + sum(a["bound"] for a in answers)
@@ -109,7 +125,12 @@ class Trainer:
     def tell(self, stage: str, value: float) -> None:
         """Record one step."""
         self.trace.append((stage, value))
+        self.seconds.append(time.monotonic() - self.began)
         self.report(stage, value, math.nan)
+
+    def mark(self, loc: np.ndarray, cov: np.ndarray) -> None:
+        """Record q(root) as it stands after the last step."""
+        self.history.append((len(self.trace) - 1, loc.copy(), np.sqrt(np.diagonal(cov))))
 
     # -- every pool local ---------------------------------------------------------------------------------------------------
 
@@ -122,27 +143,44 @@ class Trainer:
             self._improve(np.zeros((1, 0)), trained)
             return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0)
         draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
-        cost = self.cost(weighted=False)
-        starts = np.concatenate([start_points(self.study, draws, self.seed), draws[: 64 if cost < 0.05 else 16]])
-        found = find_mode(
-            self.bound, starts, starts=3 if cost < 0.02 else 2 if cost < 0.2 else 1, max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)),
-            deadline=self.deadline, on_step=self.tell,
-        )
-        mode = found[0][0]
-        _, scale = whitening(draws)
-        mode, cov, converged = polish(self.bound, mode, scale, 4)
-        self.modes = 1 + other_modes(found, cov)
+        mode, cov, converged = self._search(draws)
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
         self._improve(points, trained)
+        spread, done = self._check(gaussian), self._gaussian(gaussian)
         limit = int(np.clip(REFIT_SECONDS / self.cost(weighted=True), 32, 8192))
-        if space.dim > 40 or limit < 20 * space.dim:
-            return self._gaussian(gaussian, converged)
+        if spread < ALIKE or space.dim > 40 or limit < 20 * space.dim:
+            # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
+            return self._fitted(*done, gaussian, converged, spread / 3.0)
         pool = refit(
             lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
             max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
         )
         return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
+
+    def _search(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Mode of L and covariance there: found on a sample where the cohort is large, and carried to the whole by a few gradients."""
+        cost, (_, scale) = self.cost(weighted=False), whitening(draws)
+        samples: list[Sample | None] = [*stages(self.study, cost, self.seed), None]
+        first = samples[0]
+        cost = cost if first is None else cost * len(first.units) / first.total
+        starts = np.concatenate([start_points(self.study, draws, self.seed), draws[: 64 if cost < 0.05 else 16]])
+        found = find_mode(
+            partial(self.bound, sample=first), starts, starts=3 if cost < 0.02 else 2 if cost < 0.2 else 1,
+            max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)), deadline=self.deadline, on_step=self.tell,
+        )
+        mode, cov, converged = polish(partial(self.bound, sample=first), found[0][0], scale, 4)
+        self.modes = 1 + other_modes(found, cov)
+        for sample in samples[1:]:
+            self.mark(mode, cov)
+            if time.monotonic() > self.deadline:
+                return mode, cov, False
+            bound = partial(self.bound, sample=sample)
+            mode, converged = ascend(bound, mode, cov, ASCENTS, self.tell)
+            if not converged or sample is samples[1]:  # the first sample's curvature is good enough to climb by, not to report
+                mode, cov, converged = polish(bound, mode, scale, 4)
+        self.mark(mode, cov)
+        return mode, cov, converged
 
     def cost(self, weighted: bool) -> float:
         """Modelled seconds of L at one point: a function of sizes alone, so that the same seed does the same work on any machine."""
@@ -151,6 +189,8 @@ class Trainer:
             for factor in component.factors:
                 v = study.graph.model.variables[factor.variable]
                 values = math.prod(study.layout.cardinality[p] for p in v.plates) * math.prod(study.graph.shape(v))
+                if absorbable(component, factor, study.graph.model):
+                    continue  # summed up once
                 columns = sum(len(component.columns(b, n)) for b in component.blocks for n in dict(factor.touches).get(b.name, ()))
                 draws = component.candidates if weighted else 0
                 total += values * ((2 + columns) * (1 if component.quadratic else TYPICAL_ITERATIONS) + draws) * SECONDS_PER_VALUE
@@ -164,25 +204,27 @@ class Trainer:
         sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random_base2(max(1, math.ceil(math.log2(count))))[:count, :dim]
         return np.asarray(norm.ppf(sobol.clip(1e-9, 1 - 1e-9)))
 
-    def _gaussian(self, gaussian: StudentT, converged: bool) -> Fitted:
-        """Large data or many roots: the normal approximation, checked by one round of importance weights."""
+    def _check(self, gaussian: StudentT) -> float:
+        """Standard deviation of log p - log q over draws of a normal q(root): what its importance weights would vary by."""
         dim = len(gaussian.loc)
-        count = int(np.clip(10.0 / self.cost(weighted=True), 16, 64))
+        count = int(np.clip(CHECK_SECONDS / self.cost(weighted=True), 16, 64))
         z = gaussian.sample(self._normals("check", count, dim), np.full(count, 0.5))
         value, _ = self.bound(z, False, weighted=True)
         ratio = value - gaussian.log_prob(z)
         self.tell("check", float(ratio.mean()))
-        spread = float(ratio.std())
-        points = gaussian.sample(self._normals("pool", POOL, dim), np.full(POOL, 0.5))
-        # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
-        return self._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, converged, spread / 3.0)
+        return float(ratio.std())
+
+    def _gaussian(self, gaussian: StudentT) -> tuple[np.ndarray, np.ndarray]:
+        """Equally weighted points of a normal q(root)."""
+        return gaussian.sample(self._normals("pool", POOL, len(gaussian.loc)), np.full(POOL, 0.5)), np.full(POOL, 1.0 / POOL)
 
     def _fitted(self, points: np.ndarray, weight: np.ndarray, gaussian: StudentT, converged: bool, khat: float) -> Fitted:
         order = near_order(points)
         points, weight = points[order], weight[order]
         raw = np.tril(gaussian.chol, -1) + np.diag(np.log(np.maximum(np.diagonal(gaussian.chol), 1e-300)))
         state = {**self.state, "pool/points": points, "pool/weight": weight, "root/loc": gaussian.loc, "root/raw": raw}
-        return Fitted(state, self.trace, converged, khat, self.modes, float(1.0 / np.sum(weight**2) / len(weight)))
+        self.mark(gaussian.loc, gaussian.chol @ gaussian.chol.T)
+        return Fitted(state, self.trace, converged, khat, self.modes, float(1.0 / np.sum(weight**2) / len(weight)), self.seconds, self.history)
 
     # -- learned corrections ------------------------------------------------------------------------------------------------
 

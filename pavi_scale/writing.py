@@ -51,7 +51,7 @@ def write_posterior(
     status, tables = diagnose(computation, engine, state, facts, int(config["seed"]), trainer.tasks())
     labels = {p: study.cohort.coordinate(p) for p in sorted({p for dims, _ in tables.values() for p in dims})}
     writer.put("diagnostics", table_group(tables, {p: label for p, label in labels.items() if label is not None}))
-    writer.put("fit", trace_group(facts["trace"]))
+    writer.put("fit", trace_group(facts["trace"], facts.get("history", {})))
     writer.finish()
     run.log("done", status=status)
     nats, error = context.sampler.elbo(4, 0) if study.plan.data_bytes < SMALL else (facts["trace"][-1][1], None)

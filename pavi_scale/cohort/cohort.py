@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,13 +112,17 @@ class Cohort:
             Array of shape (units of each plate, sizes of the event dimensions), native byte order. It may share memory with the cohort.
 
         Raises:
-            CohortError: Unknown variable, position out of range, damaged or unreachable store.
+            CohortError: Unknown variable, position out of range, damaged or unreachable store, infinite values, NaN where none may be.
         """
         if name not in self._readers:
             raise CohortError("cohort holds no such variable", where=f"variable {name!r}", expected=f"one of {sorted(self._readers)}")
         index = [self._positions(axis, (units or {}).get(axis)) for axis in self._axes[name]]
         with reading(f"variable {name!r} of cohort {self.source or 'in memory'}"):
             out = self._readers[name].read(index)
+        v = self.model.variables.get(name)
+        if v is not None:  # never a silent NaN, whatever was checked before
+            masked = v.kind == "observed" and v.missing == "mask"
+            scan.check_block(out, index, self._axes[name], self.describe, f"{v.kind} variable {name!r}", nan_ok=masked, kind=v.kind)
         # torch refuses to share read-only memory without a warning.
         return out if out.flags.writeable else out.copy()
 
@@ -131,11 +136,12 @@ class Cohort:
             )
         return as_index(positions)
 
-    def check_values(self, budget_bytes: int = 64 << 20) -> None:
-        """Read everything once, in blocks: missing chunks, NaN without a mask, infinities, damaged chunks.
+    def check_values(self, budget_bytes: int = 64 << 20, limit_bytes: int | None = None) -> None:
+        """Missing chunks of every variable; then everything read once, in blocks: NaN without a mask, infinities, damaged chunks.
 
         Args:
             budget_bytes: Bytes of a block; a single larger chunk is still read at once.
+            limit_bytes: Variables larger than this are not read here: `read` checks what it reads, whenever that is.
 
         Raises:
             CohortError: On the first value that cannot be used, with its coordinates.
@@ -144,6 +150,9 @@ class Cohort:
             where = f"{v.kind} variable {v.name!r}"
             if not self._empty_ok:
                 scan.check_chunks(self._readers[v.name], v.plates + v.dims, where)
+            reader = self._readers[v.name]
+            if limit_bytes is not None and math.prod(reader.shape) * reader.dtype.itemsize > limit_bytes:
+                continue
             masked = v.kind == "observed" and v.missing == "mask"
             scan.check_finite(self._readers[v.name], v.plates + v.dims, self.describe, where, nan_ok=masked, kind=v.kind, budget_bytes=budget_bytes)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pavi_scale.cohort.readers import EMPTY_OK, Block, Reader, reading
+from pavi_scale.cohort.readers import EMPTY_OK, Block, Index, Reader, reading
 from pavi_scale.errors import CohortError
 
 _SHOWN = 3
@@ -53,7 +53,7 @@ def check_chunks(reader: Reader, axes: tuple[str, ...], where: str) -> None:
 
 
 def check_finite(reader: Reader, axes: tuple[str, ...], describe: Callable[[str, int], str], where: str, *, nan_ok: bool, kind: str, budget_bytes: int) -> None:
-    """Refuse infinities, and NaN unless `nan_ok`.
+    """Read a whole array in blocks and refuse what `check_block` refuses.
 
     Args:
         reader: The array.
@@ -67,38 +67,48 @@ def check_finite(reader: Reader, axes: tuple[str, ...], describe: Callable[[str,
     Raises:
         CohortError: With the coordinates of the first ones of the first block that has any.
     """
-    chunks = reader.chunks
-    for block in blocks(reader.shape, chunks, reader.dtype.itemsize, budget_bytes):
+    for block in blocks(reader.shape, reader.chunks, reader.dtype.itemsize, budget_bytes):
         with reading(where):
             values = reader.read(block)
-        if values.dtype.kind != "f" or bool(np.isfinite(values).all()):
-            continue
-        infinite = np.isinf(values)
-        if infinite.any():
-            raise CohortError(
-                "value is infinite",
-                where=f"{where} at {_named(infinite, block, axes, describe)}",
-                expected="finite values",
-                got=f"{int(infinite.sum())} infinite",
-                remedy="correct or drop these units",
-            )
-        if not nan_ok:
-            remedy = (
-                "declare observed(..., missing='mask'), or drop these units" if kind == "observed" else "fill in or drop these units: a covariate must be known"
-            )
-            raise CohortError(
-                "value is missing (NaN)",
-                where=f"{where} at {_named(np.isnan(values), block, axes, describe)}",
-                expected="a finite value",
-                got=f"{int(np.isnan(values).sum())} NaN",
-                remedy=remedy,
-            )
+        check_block(values, block, axes, describe, where, nan_ok=nan_ok, kind=kind)
 
 
-def _named(bad: np.ndarray, block: Block, axes: tuple[str, ...], describe: Callable[[str, int], str]) -> str:
+def check_block(
+    values: np.ndarray, index: Sequence[Index], axes: tuple[str, ...], describe: Callable[[str, int], str], where: str, *, nan_ok: bool, kind: str
+) -> None:
+    """Refuse infinities, and NaN unless `nan_ok`, in the values read at `index`.
+
+    Raises:
+        CohortError: With the coordinates of the first ones.
+    """
+    # A sum that is finite has finite terms, and is had at the speed of memory.
+    if values.dtype.kind != "f" or bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all()):
+        return
+    infinite = np.isinf(values)
+    if infinite.any():
+        raise CohortError(
+            "value is infinite",
+            where=f"{where} at {_named(infinite, index, axes, describe)}",
+            expected="finite values",
+            got=f"{int(infinite.sum())} infinite",
+            remedy="correct or drop these units",
+        )
+    if not nan_ok:
+        remedy = "declare observed(..., missing='mask'), or drop these units" if kind == "observed" else "fill in or drop these units: a covariate must be known"
+        raise CohortError(
+            "value is missing (NaN)",
+            where=f"{where} at {_named(np.isnan(values), index, axes, describe)}",
+            expected="a finite value",
+            got=f"{int(np.isnan(values).sum())} NaN",
+            remedy=remedy,
+        )
+
+
+def _named(bad: np.ndarray, index: Sequence[Index], axes: tuple[str, ...], describe: Callable[[str, int], str]) -> str:
     """Coordinates of the first bad entries, as `(house=3, county=AITKIN, feature=0)`."""
     entries = []
     for local in np.argwhere(bad)[:_SHOWN]:
-        entries.append("(" + ", ".join(describe(axis, int(at) + part.start) for axis, at, part in zip(axes, local, block, strict=True)) + ")")
+        places = (int(at) + (part.start or 0) if isinstance(part, slice) else int(part[at]) for at, part in zip(local, index, strict=True))
+        entries.append("(" + ", ".join(describe(axis, place) for axis, place in zip(axes, places, strict=True)) + ")")
     more = int(bad.sum()) - len(entries)
     return ", ".join(entries) + (f" and {more} more" if more > 0 else "")

@@ -16,6 +16,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Block, Component, Factor
 from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_dense
 from pavi_scale.model.density import Aligned
+from pavi_scale.model.template import Model, Variable
 from pavi_scale.reduced import Reduced, Value
 
 Coordinates = dict[str, Tensor]
@@ -51,6 +52,11 @@ class Absorbed:
     value: Tensor
     gradient: Tensor
     precision: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in (self.value, self.gradient, self.precision))
 
     def at(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """Value `[K, n]`, gradient and minus second derivatives at `z` `[K, n, C, e]`."""
@@ -232,25 +238,34 @@ class LocalModel:
 
         A linear-Gaussian likelihood with known scale is then read once, however many root points are looked at.
         """
-        if not self.component.quadratic or len(factor.touches) != 1:
-            return None
-        name, touched = factor.touches[0]
         model = self.reduced.graph.model
-        v = model.variables[factor.variable]
-        if any(model.variables[p].kind == "latent" and p not in touched for p in v.parents):
+        if not absorbable(self.component, factor, model):
             return None
+        name, v = factor.touches[0][0], model.variables[factor.variable]
         block, key = self.blocks[name], (self.component.name, factor.variable)
         if key not in self.reduced.absorbed:
-            c, e = self.component.shape(block)
-            zero = {name: torch.zeros(1, self.units(block), c, e, dtype=self.reduced.dtype)}
-            alone = LocalModel(self.component, self.reduced, {}, {}, 1)
-            value, grads, hess = alone._factor(factor, zero, False)
-            index = self.reduced.unit_index(v.plates, block.plates)
-            self.reduced.absorbed[key] = Absorbed(
-                name, _scatter(zero[name][..., 0, 0], index, value), _scatter(zero[name], index, grads[name]),
-                _scatter(zero[name][..., None].expand(-1, -1, -1, -1, e), index, hess[name, name]),
-            )
+            self.reduced.absorbed[key] = self._summed(factor, block, v)
         return self.reduced.absorbed[key]
+
+    def _summed(self, factor: Factor, block: Block, v: Variable) -> Absorbed:
+        """Value, gradient and curvature of an absorbable law at zero, summed over its units: no copies, since units of the block do not interact."""
+        c, e = self.component.shape(block)
+        sizes = self.reduced.sizes(block.plates)
+        with torch.enable_grad():
+            z = torch.zeros(1, self.units(block), c, e, dtype=self.reduced.dtype, requires_grad=True)
+            values, jacobian = {}, z.new_zeros(())
+            for latent in block.latents:
+                link = self.reduced.graph.links[latent]
+                base = self.split(block, latent, z)
+                theta = link.forward(base)
+                if latent == factor.variable:
+                    jacobian = link.log_det(base, theta)
+                values[latent] = Value(theta.reshape(1, *sizes, *link.event_shape), block.plates)
+            term = self.reduced.log_prob(factor.variable, values).flatten(1) + jacobian
+            (gradient,) = torch.autograd.grad(term.sum(), z, create_graph=True)
+            columns = [torch.autograd.grad(gradient[..., i].sum(), z, retain_graph=True, materialize_grads=True)[0] for i in range(e)]
+        value = _scatter(torch.zeros_like(z[..., 0, 0]), self.reduced.unit_index(v.plates, block.plates), term)
+        return Absorbed(block.name, value.detach(), gradient.detach(), -torch.stack(columns, -1))
 
     def _copies(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """One law's log-densities at its own units, `[K, n_f]`, and the copies of the blocks' coordinates they were computed from."""
@@ -354,6 +369,13 @@ class LocalModel:
             for b in names[i:]:
                 hess[b, a] = torch.stack(parts[b], -1)
         return value, {n: torch.stack(g).mean(0) for n, g in smoothed.items()}, hess
+
+
+def absorbable(component: Component, factor: Factor, model: Model) -> bool:
+    """Whether a law is one fixed quadratic of one block of its component: linear-Gaussian, and neither root nor other components enter it."""
+    if not component.quadratic or len(factor.touches) != 1:
+        return False
+    return not any(model.variables[p].kind == "latent" and p not in factor.touches[0][1] for p in model.variables[factor.variable].parents)
 
 
 def _scatter(target: Tensor, index: Tensor | None, source: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class Guide:
         """sum_n L_n(root) over the shard, `[K]`.
 
         Quadratic components give their exact log marginal. Others give the Laplace value; those of a single block the importance-weighted bound
-        log 1/M sum_m p/q per unit if `samples` = M is not zero. With `bound`, every component is drawn and judged by its laws.
+        log 1/M sum_m p/q per unit if `samples` = M is not zero. With `bound`, those too are drawn and judged by their laws (of a quadratic
+        component every draw has the same log p - log q: its log marginal).
         """
         total = torch.zeros(particles, dtype=reduced.dtype)
         for v in self.plain:
@@ -69,7 +70,7 @@ class Guide:
                 continue
             local = LocalModel(component, reduced, root, {}, particles)
             core = fit_core(local, differentiable=differentiable)
-            honest = bound or (component.weighted and samples)
+            honest = (bound and not component.quadratic) or (component.weighted and samples)
             if noise is None or not honest:
                 total = total + core.log_marginal(weights(core))
             else:

@@ -12,7 +12,6 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from pavi_scale.model.density import Graph
-from pavi_scale.plates import Selection
 from pavi_scale.reduced import Reduced, Value
 
 
@@ -105,9 +104,3 @@ class StudentT:
 
 def _chi2_quantile(p: np.ndarray, df: float) -> np.ndarray:
     return np.asarray(chi2.ppf(p, df))
-
-
-def root_reduced(graph: Graph, selection: Selection, data: Mapping[str, Tensor]) -> Reduced:
-    """A reduced model that holds the plateless data only."""
-    plateless = {v.name: data[v.name] for v in graph.model.of_kind("observed", "covariate") if not v.plates}
-    return Reduced(graph, selection, plateless, partial=True)

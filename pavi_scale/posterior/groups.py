@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import dask.array  # noqa: F401  xarray imports it with the first Dataset it makes: half a second that is better spent now than in a fit
 import numpy as np
 import xarray as xr
 from xarray.backends import BackendArray
@@ -86,11 +87,29 @@ def table_group(tables: Mapping[str, tuple[tuple[str, ...], Any]], labels: Mappi
     return xr.Dataset({name: (dims, np.asarray(values)) for name, (dims, values) in tables.items()}, coords={p: (p, values) for p, values in labels.items()})
 
 
-def trace_group(trace: Sequence[tuple[str, float | None]]) -> xr.Dataset:
-    """The group `fit`: stage and bound of each step, NaN where it was not finite."""
+def trace_group(trace: Sequence[tuple[str, float | None]], history: Mapping[str, Sequence[Any]]) -> xr.Dataset:
+    """The group `fit`: stage and bound of each step, NaN where it was not finite; location and sd of the unconstrained q(root) after some.
+
+    Args:
+        trace: (stage, bound) of each step.
+        history: "step", and "loc" and "sd" after it.
+    """
     elbo = np.asarray([np.nan if value is None else value for _, value in trace], dtype=np.float64)
     stage = np.asarray([stage for stage, _ in trace], dtype=object)
-    return xr.Dataset({"elbo": ("step", elbo), "stage": ("step", stage)}, coords={"step": np.arange(len(trace))})
+    out = xr.Dataset({"elbo": ("step", elbo), "stage": ("step", stage)}, coords={"step": np.arange(len(trace))})
+    if history.get("step"):
+        at = ("milestone", np.asarray(history["step"], dtype=np.int64))
+        moments = {f"root_{k}": (("milestone", "root"), np.asarray(history[k], dtype=np.float64)) for k in ("loc", "sd")}
+        out = out.assign({"root_step": at, **moments})
+    return out
+
+
+def timed(run: Run, group: xr.Dataset) -> xr.Dataset:
+    """The group `fit` with the seconds of each step since the call: they lie with the run, so that a posterior's bytes depend on its numbers alone."""
+    seconds = run.state().get("trace_seconds") if run.generation is not None else None
+    if seconds is None or len(seconds) != group.sizes.get("step"):
+        return group
+    return group.assign(seconds=("step", np.asarray(seconds, dtype=np.float64), {"units": "s"}))
 
 
 def stored_path(run: Run) -> Path:
@@ -117,7 +136,8 @@ def stored_group(run: Run, group: str, context_path: Path | None = None) -> xr.D
     path = context_path or stored_path(run)
     if not (path / group / "zarr.json").is_file():
         raise RunError("the stored posterior lacks a group", where=path, expected=group, remedy="resume the run to completion")
-    return xr.open_zarr(path, group=group, chunks=None)
+    found = xr.open_zarr(path, group=group, chunks=None)
+    return timed(run, found) if group == "fit" else found
 
 
 def stored_groups(run: Run) -> dict[str, xr.Dataset]:
