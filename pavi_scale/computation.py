@@ -78,7 +78,6 @@ class StudyComputation:
         self._holding = Holding(settings.cache_bytes)
         self._used = threading.local()
         self._spent = spent(self.guide.components, graph.model)
-        self._corrections: Corrections | None = None
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
         data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
         self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype))
@@ -115,8 +114,8 @@ class StudyComputation:
         return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
 
     def per_chunk(self, reduced: Reduced) -> int:
-        """Particles computed at once."""
-        units = max((reduced.count(v.plates) for v in self.graph.model.of_kind("observed", "latent")), default=1)
+        """Particles computed at once; laws that are summed up are not computed again."""
+        units = max((reduced.count(v.plates) for v in self.graph.model.of_kind("observed", "latent") if v.name not in self._spent), default=1)
         return max(1, self.settings.chunk // max(units, 1))
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
@@ -126,10 +125,11 @@ class StudyComputation:
         stored = {k.removeprefix("correction/"): v for k, v in state.items() if k.startswith("correction/")}
         if not stored:
             return None
-        if self._corrections is None:
-            self._corrections = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.dtype)
-        self._corrections.load_state_dict({k: torch.tensor(v, dtype=self.dtype) for k, v in stored.items()})
-        return self._corrections
+        mine: Corrections | None = getattr(self._used, "corrections", None)  # each thread loads its own
+        if mine is None:
+            mine = self._used.corrections = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.dtype)
+        mine.load_state_dict({k: torch.tensor(v, dtype=self.dtype) for k, v in stored.items()})
+        return mine
 
     def fresh_corrections(self, reduced: Reduced, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Untrained corrections (the identity) as state, their inputs standardised on a reduced model; empty if no block can have one."""
@@ -150,7 +150,6 @@ class StudyComputation:
                     part.standardise(context(core, gaussian, block.name))
                     if part.encoder is not None:
                         part.encoder.standardise(observations(reduced, block)[0])
-        self._corrections = None
         out = {f"correction/{k}": v.to(torch.float64).numpy().copy() for k, v in made.state_dict().items()}
         for name in made.names():
             if self.settings.schemes[name] in ("hybrid", "free"):

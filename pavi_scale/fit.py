@@ -31,6 +31,7 @@ from pavi_scale.study import Encoding, Study, prepare
 from pavi_scale.training import Fitted, Trainer
 from pavi_scale.writing import load_context, write_posterior
 
+MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 TRACED = 256  # root coordinates up to which q(root) is kept with the trace
 CHECKED_FIRST = 64 << 20  # bytes of a variable up to which it is read once, for bad values, before anything is computed
 
@@ -163,7 +164,8 @@ def check_disk(study: Study, run: Run) -> None:
 def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
     """Checks, structure and plan of a fit."""
     processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
-    return prepare(cohort, encoding=config["encoding"], memory=config["memory"], processes=processes, threads=1, seed=config["seed"])
+    lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
+    return prepare(cohort, encoding=config["encoding"], memory=config["memory"], processes=processes, lanes=lanes, threads=1, seed=config["seed"])
 
 
 # -- the run --------------------------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None)
 def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client | None, progress: bool, began: float) -> Posterior:
     """Train unless that is done, then write the posterior."""
     deadline = began + float(config.get("max_time") or math.inf)
-    engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec)
+    engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec, study.plan.lanes)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
         with terminable(), Progress(progress) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
+from pavi_scale.memory import Arena
 from pavi_scale.reduced import Reduced
 
 Key = tuple[object, ...]
@@ -24,6 +25,7 @@ class Holding:
         self._limit = limit
         self._held: OrderedDict[Key, tuple[Reduced, int]] = OrderedDict()
         self._lock = threading.Lock()
+        self._arena = Arena()
 
     def get(self, key: Key) -> Reduced | None:
         """The reduced model kept under a key, if it is."""
@@ -41,6 +43,7 @@ class Holding:
                     break
                 del self._held[other]
             if self._total() + size <= self._limit:
+                reduced.settle(self._arena)
                 self._held[key] = reduced, size
 
     def _total(self) -> int:

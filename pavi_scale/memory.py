@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
+
+import torch
 
 from pavi_scale.errors import InputError
 
@@ -54,3 +57,25 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+class Arena:
+    """Memory for what lives long among what is freed soon: small arrays kept on the heap would pin the holes that large temporaries leave.
+
+    Args:
+        block: Bytes of one block; it is returned to the system when nothing in it is referred to any more.
+    """
+
+    def __init__(self, block: int = 16 << 20) -> None:
+        self._block, self._open, self._used = block, mmap.mmap(-1, block), 0
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of a tensor in the arena."""
+        size = tensor.numel() * tensor.element_size()
+        if size == 0:
+            return tensor.clone()
+        if self._used + size > len(self._open):
+            self._open, self._used = mmap.mmap(-1, max(self._block, size)), 0
+        out = torch.frombuffer(self._open, dtype=tensor.dtype, count=tensor.numel(), offset=self._used).reshape(tensor.shape)
+        self._used += -(-size // 64) * 64
+        return out.copy_(tensor)

@@ -18,7 +18,7 @@ ROOT_PASSES = 12  # full-data rounds of the finish, typically
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fit will take; every figure is a function of cardinalities alone.
+    """What a fit will take; but for `lanes`, every figure is a function of cardinalities and budget alone.
 
     Args:
         latents: Ground latents by variable.
@@ -30,6 +30,7 @@ class Plan:
         index_bytes: Parent positions of ragged and crossed plates.
         disk_bytes: Stored posterior (mean and sd).
         processes: Processes that compute.
+        lanes: Tasks that one process computes at the same time.
         budget_bytes: Memory allowed per process.
         method: How each group of latents is inferred.
     """
@@ -43,13 +44,14 @@ class Plan:
     index_bytes: int
     disk_bytes: int
     processes: int
+    lanes: int
     budget_bytes: int
     method: Mapping[str, str]
 
     @property
     def peak_bytes(self) -> int:
         """Modelled peak of one process."""
-        return PROCESS_BYTES + self.cache_bytes + self.chunk_bytes + self.table_bytes + self.index_bytes
+        return PROCESS_BYTES + self.cache_bytes + self.lanes * self.chunk_bytes + self.table_bytes + self.index_bytes
 
     def table(self) -> list[tuple[str, str]]:
         """(what, figure) rows for people."""
@@ -59,11 +61,11 @@ class Plan:
         rows += [
             ("cohort", format_bytes(self.data_bytes)),
             ("memory: data kept", format_bytes(self.cache_bytes)),
-            ("memory: computing", format_bytes(self.chunk_bytes)),
+            ("memory: computing", format_bytes(self.lanes * self.chunk_bytes)),
             ("memory: rows", format_bytes(self.table_bytes)),
             ("memory: plate indices", format_bytes(self.index_bytes)),
             ("memory: peak of a process", f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}"),
-            ("processes", str(self.processes)),
+            ("processes", str(self.processes) if self.lanes == 1 else f"{self.processes}, {self.lanes} tasks at a time"),
             ("disk: posterior", format_bytes(self.disk_bytes)),
             ("passes over the cohort", f"about {ROOT_PASSES}, and one for the posterior"),
         ]
@@ -73,7 +75,7 @@ class Plan:
         return "\n".join(f"{what:28s} {figure}" for what, figure in self.table())
 
 
-def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, processes: int, itemsize: int, chunk: int, needs_whole: bool) -> Plan:
+def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, processes: int, lanes: int, itemsize: int, chunk: int, needs_whole: bool) -> Plan:
     """Plan a fit within `budget` bytes per process.
 
     Args:
@@ -82,6 +84,7 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
         data_bytes: Bytes of the cohort in the computation's dtype.
         budget: Bytes allowed per process.
         processes: Processes that compute.
+        lanes: Tasks that a process may compute at the same time, if memory allows.
         itemsize: Bytes of a number in the computation.
         chunk: Wanted units x particles of one chunk.
         needs_whole: Whether some component must see the whole cohort at once.
@@ -106,6 +109,7 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
         )
     chunk = max(whole if needs_whole else 1024, min(chunk, int(0.5 * room / per_unit)))
     cache = min(2 * data_bytes, max(0, room - chunk * per_unit) // 2)
+    lanes = max(1, min(lanes, (room - cache) // max(1, chunk * per_unit)))
     disk = sum(2 * n * (4 if n > 1_000_000 else 8) for n in latents.values())
     method = {}
     for component in guide.components:
@@ -113,4 +117,4 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
         exact = "exact" if component.quadratic else "mode and curvature"
         free = [b.name for b in component.blocks if b.free]
         method[component.name] = f"{kind}, {exact}" + (f", free rows for {', '.join(free)}" if free else "")
-    return Plan(latents, data_bytes, int(cache), chunk, chunk * per_unit, tables, index, disk, processes, budget, method)
+    return Plan(latents, data_bytes, int(cache), chunk, chunk * per_unit, tables, index, disk, processes, int(lanes), budget, method)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.memory import Arena
 from pavi_scale.model.density import Aligned, Graph, align
 from pavi_scale.model.template import Variable
 from pavi_scale.plates import Selection
@@ -47,6 +48,7 @@ class Reduced:
         self._index: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor | None] = {}
         self.absorbed: dict[object, Any] = {}  # laws summed up once for all (see guide.curvature)
         self._weights: dict[tuple[str, ...], Tensor] = {}
+        self._settled = False
 
     def prepare(self, name: str, raw: Tensor) -> Tensor:
         """Data in the precision of the computation; what was not observed becomes a mask."""
@@ -63,14 +65,28 @@ class Reduced:
         for name in names:
             self.data.pop(name, None)
             self.masks.pop(name, None)
-            for key in [k for k in self._aligned if k[0] == name]:
-                del self._aligned[key]
+            for key in [k for k in list(self._aligned) if k[0] == name]:
+                self._aligned.pop(key, None)
+            plates = self.graph.model.variables[name].plates
+            if not any(v.plates == plates for v in self.graph.model.latents):
+                for pair in [p for p in list(self._index) if p[0] == plates]:
+                    self._index.pop(pair, None)
+                self._weights.pop(plates, None)
+
+    def settle(self, arena: Arena) -> None:
+        """Move what was summed up to memory for long; once."""
+        if not self._settled:
+            self.absorbed = {k: a.moved(arena) if hasattr(a, "moved") else a for k, a in list(self.absorbed.items())}
+            self._settled = bool(self.absorbed)
+
+    def _held(self) -> list[Tensor]:
+        return [t for t in (*list(self._index.values()), *list(self._weights.values())) if t is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is held: data, masks, copies aligned to other plates, and laws summed up."""
-        held = {t.untyped_storage().data_ptr(): t for t in (*self.data.values(), *self.masks.values(), *(a.value for a in self._aligned.values()))}
-        return sum(t.numel() * t.element_size() for t in held.values()) + sum(getattr(a, "nbytes", 0) for a in self.absorbed.values())
+        held = {t.untyped_storage().data_ptr(): t for t in (*self.data.values(), *self.masks.values(), *(a.value for a in list(self._aligned.values())), *self._held())}
+        return sum(t.numel() * t.element_size() for t in held.values()) + sum(getattr(a, "nbytes", 0) for a in list(self.absorbed.values()))
 
     def sizes(self, plates: tuple[str, ...]) -> tuple[int, ...]:
         """Numbers of selected units."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from pavi_scale.computation import StudyComputation
 from pavi_scale.rng import stream
+from pavi_scale.sampling import shard_length
 
 FIRST_SECONDS = 4e-3  # modelled, of one root point on the first sample
 CURVATURE_SECONDS = 5e-2  # the same on the sample that the curvature comes from
@@ -85,5 +86,5 @@ def stages(study: StudyComputation, cost: float, seed: int) -> Sequence[Sample]:
     split = study.settings.split
     if split is None or study.space.dim == 0:
         return []
-    sizes = sample_sizes(study.layout.cardinality[split], cost, study.space.dim)
-    return [replace(draw_sample(study, size, seed), parts=parts) for size, parts in zip(sizes, (1, PARTS), strict=False)]
+    sizes, most = sample_sizes(study.layout.cardinality[split], cost, study.space.dim), shard_length(study)
+    return [replace(draw_sample(study, size, seed), parts=max(parts, -(-size // most))) for size, parts in zip(sizes, (1, PARTS), strict=False)]

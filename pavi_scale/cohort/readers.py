@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ STORE_ERRORS: tuple[type[Exception], ...] = (
 )
 EMPTY_OK = "_empty_chunks_ok"
 _RUN = 64
+_ROW_BYTES = 64 << 20  # of a row of chunks that may be kept
 
 Index = slice | np.ndarray
 ZarrArray = ZarrArrayType[Any]
@@ -85,6 +87,14 @@ def as_index(positions: np.ndarray) -> Index:
     if last - first + 1 == len(positions) and (len(positions) == 1 or bool((np.diff(positions) == 1).all())):
         return slice(first, last + 1)
     return positions
+
+
+def _hull(index: Index, size: int) -> tuple[int, int]:
+    """First position and one past the last."""
+    if isinstance(index, slice):
+        start, stop, _ = index.indices(size)
+        return start, stop
+    return (int(index.min()), int(index.max()) + 1) if len(index) else (0, 0)
 
 
 def _native(values: np.ndarray) -> np.ndarray:
@@ -168,10 +178,14 @@ class ZarrReader:
     Args:
         array: The array.
         order: `order[i]` is the array's axis that holds the model's axis i.
+        row: The row of chunks decoded last, by (axis, start).
+        lock: Held while a row is decoded.
     """
 
     array: ZarrArray
     order: tuple[int, ...]
+    row: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,12 +211,36 @@ class ZarrReader:
         # Remote stores keep the single call: it fetches all chunks at the same time.
         if isinstance(self.array.store, LocalStore):
             for axis, i in enumerate(index):
-                cuts = np.flatnonzero(np.diff(i) != 1) + 1 if isinstance(i, np.ndarray) else None
-                if cuts is not None and (len(cuts) + 1) * _RUN <= len(i):  # type: ignore[arg-type]
-                    # Blocks of neighbours (block shuffle): a plain read of each is 2-3 times as fast as Zarr's fancy indexing.
+                row = i // self.chunks[axis] if isinstance(i, np.ndarray) and len(i) else None
+                cuts = np.flatnonzero(np.diff(row)) + 1 if row is not None else ()
+                if len(cuts) and (len(cuts) + 1) * _RUN <= len(i):  # type: ignore[arg-type]
+                    # Runs of neighbours (block shuffle): a plain read from each row of chunks is 2-3 times as fast as Zarr's fancy indexing.
                     parts = [self.read([*index[:axis], as_index(part), *index[axis + 1 :]]) for part in np.split(i, cuts)]  # type: ignore[arg-type]
                     return np.concatenate(parts, axis=axis)
+            return self._from_row(index)
         return self._read(index)
+
+    def _from_row(self, index: Sequence[Index]) -> np.ndarray:
+        """A part of one row of chunks: the row is decoded whole, as Zarr must, and kept until another is asked for."""
+        spans = [_hull(i, n) for i, n in zip(index, self.shape, strict=True)]
+        partial = [axis for axis, (i, span, n) in enumerate(zip(index, spans, self.shape, strict=True)) if not isinstance(i, slice) or span != (0, n)]
+        if len(partial) != 1 or spans[partial[0]][0] == spans[partial[0]][1]:
+            return self._read(index)
+        (axis,) = partial
+        (low, high), chunk = spans[axis], self.chunks[axis]
+        row = slice(low // chunk * chunk, min((low // chunk + 1) * chunk, self.shape[axis]))
+        size = (row.stop - row.start) * math.prod(n for a, n in enumerate(self.shape) if a != axis) * self.dtype.itemsize
+        if high > row.stop or high - low == row.stop - row.start or size > _ROW_BYTES:
+            return self._read(index)
+        key = axis, row.start
+        with self.lock:  # threads that want the same row decode it once
+            if key not in self.row:
+                self.row.clear()
+                self.row[key] = self._read([row if a == axis else slice(None) for a in range(len(self.shape))])
+            values = self.row[key]
+        i = index[axis]
+        within: Index = slice(low - row.start, high - row.start) if isinstance(i, slice) else np.asarray(i) - row.start
+        return MemoryReader(values).read([within if a == axis else slice(None) for a in range(len(self.shape))])
 
     def _read(self, index: Sequence[Index]) -> np.ndarray:
         stored: list[Index] = [slice(None)] * len(self.order)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pavi_scale.guide.blocks import Block, Component, Factor
 from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_dense
+from pavi_scale.memory import Arena
 from pavi_scale.model.density import Aligned
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.reduced import Reduced, Value
@@ -57,6 +58,10 @@ class Absorbed:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in (self.value, self.gradient, self.precision))
+
+    def moved(self, arena: Arena) -> Absorbed:
+        """The same, kept for long."""
+        return Absorbed(self.block, arena.copy(self.value), arena.copy(self.gradient), arena.copy(self.precision))
 
     def at(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """Value `[K, n]`, gradient and minus second derivatives at `z` `[K, n, C, e]`."""

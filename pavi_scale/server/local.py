@@ -1,12 +1,14 @@
-"""The engine for one process: tasks one after the other, no cluster."""
+"""The engine for one process: no cluster, the process's cores share the tasks of a round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 
 from pavi_scale.errors import PaviError, WorkerError
 from pavi_scale.server.answer import align_all, answer, torch_threads
@@ -18,6 +20,7 @@ class LocalEngine:
 
     Args:
         spec: The computation; built at once, on this thread.
+        lanes: Tasks at the same time. Which thread answers a task does not enter its answer.
 
     Raises:
         PaviError: From `spec.build()`.
@@ -31,15 +34,22 @@ class LocalEngine:
         [[0.0, 2.0], [0.0, 3.0]]
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, lanes: int = 1) -> None:
         self._threads: int | None = getattr(spec, "threads", None)
+        self._lanes = max(1, lanes)
         with torch_threads(self._threads):
             self._computation: Computation | None = spec.build()
+        self._pool = ThreadPoolExecutor(self._lanes, "pavi-lane", initializer=self._settle) if self._lanes > 1 else None
+
+    def _settle(self) -> None:
+        """torch's thread count belongs to the thread that sets it."""
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
 
     @property
     def parallelism(self) -> int:
-        """Tasks that run at the same time: one."""
-        return 1
+        """Tasks that run at the same time."""
+        return self._lanes
 
     def round(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The answers to `tasks`, in their order.
@@ -50,25 +60,36 @@ class LocalEngine:
             tasks: One mapping per task.
 
         Raises:
-            PaviError: As raised by the computation.
+            PaviError: As raised by the computation, of the first task that failed.
             WorkerError: The computation raised anything else (chained), or the engine is closed.
         """
         if self._computation is None:
             raise WorkerError("the engine is closed", where="LocalEngine.round", remedy="make a new one")
         arrays = align_all(state)
-        results = []
-        with torch_threads(self._threads):
-            for index, task in enumerate(tasks):
-                try:
-                    results.append(answer(self._computation, kind, arrays, task))
-                except PaviError:
-                    raise
-                except Exception as error:  # the border to foreign code: the same type as from a worker process
-                    raise WorkerError("a task failed", where=f"task {index} of round {kind!r}", got=f"{type(error).__name__}: {error}") from error
-        return results
+        if self._pool is None or len(tasks) < 2:
+            with torch_threads(self._threads):
+                return [self._one(kind, arrays, task, index) for index, task in enumerate(tasks)]
+        futures = [self._pool.submit(self._one, kind, arrays, task, index) for index, task in enumerate(tasks)]
+        try:
+            return [f.result() for f in futures]
+        finally:
+            for f in futures:  # nothing of a failed or interrupted round is begun any more
+                f.cancel()
+
+    def _one(self, kind: str, arrays: Mapping[str, np.ndarray], task: Mapping[str, Any], index: int) -> dict[str, np.ndarray]:
+        if self._computation is None:
+            raise WorkerError("the engine was closed during a round", where="LocalEngine.round")
+        try:
+            return answer(self._computation, kind, arrays, task)
+        except PaviError:
+            raise
+        except Exception as error:  # the border to foreign code: the same type as from a worker process
+            raise WorkerError("a task failed", where=f"task {index} of round {kind!r}", got=f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Let go of the computation."""
+        """Let go of the computation, once what is being computed has ended."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
         self._computation = None
 
     def __enter__(self) -> LocalEngine:

@@ -8,6 +8,7 @@ built from them outside, and that one is sampled. A law that cannot be captured 
 from __future__ import annotations
 
 import contextlib
+import threading
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,12 +56,24 @@ class _Node:
 @contextlib.contextmanager
 def unvalidated() -> Iterator[None]:
     """Argument validation of torch distributions off inside (it costs, and cannot run under vmap); restored after."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    global _unvalidated, _validated_before
+    with _lock:  # the switch is one for the process: the first to enter remembers it, the last to leave puts it back
+        if _unvalidated == 0:
+            _validated_before = Distribution._validate_args
+            Distribution.set_default_validate_args(False)
+        _unvalidated += 1
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(before)
+        with _lock:
+            _unvalidated -= 1
+            if _unvalidated == 0:
+                Distribution.set_default_validate_args(_validated_before)
+
+
+_lock = threading.Lock()
+_unvalidated = 0
+_validated_before = True
 
 
 def expanded(law: Distribution, shape: tuple[int, ...], where: str) -> Distribution:
