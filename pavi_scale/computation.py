@@ -87,9 +87,10 @@ class StudyComputation:
     def reduced(self, selection: Selection, names: Sequence[str] | None = None, key: Key | None = None) -> Reduced:
         """The reduced model of a selection; data are read when they are needed, and kept under `key` while memory allows."""
         if key is not None:
-            found = self._holding.get(key)
-            if found is None:
-                found = self.reduced(selection, names)
+            held = self._holding.get(key)
+            found = held if isinstance(held, Reduced) else self.reduced(selection, names)
+            if isinstance(held, Mapping):
+                found.absorbed.update(held)
             self._used.last = key, found
             return found
         wanted = names if names is not None else [v.name for v in self.graph.model.of_kind("observed", "covariate")]
@@ -97,10 +98,10 @@ class StudyComputation:
 
     def _settle(self) -> None:
         """After a task: let go of data whose laws are summed up, and keep the rest while memory allows."""
-        key, reduced = getattr(self._used, "last", None) or (None, None)
-        if reduced is None:
+        last: tuple[Key, Reduced] | None = getattr(self._used, "last", None)
+        if last is None:
             return
-        self._used.last = None
+        self._used.last, (key, reduced) = None, last
         reduced.forget(name for name, laws in self._spent.items() if all(law in reduced.absorbed for law in laws))
         self._holding.keep(key, reduced)
 

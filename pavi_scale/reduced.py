@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pavi_scale.memory import Arena
 from pavi_scale.model.density import Aligned, Graph, align
 from pavi_scale.model.template import Variable
 from pavi_scale.plates import Selection
@@ -42,23 +42,12 @@ class Reduced:
 
     def __init__(self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         self.graph, self.selection, self.dtype, self.device = graph, selection, dtype, device
-        self.data = _Data(self, data)
         self.masks: dict[str, Tensor] = {}
+        self.data = _Data(data, partial(_prepare, graph, self.masks, dtype, device))
         self._aligned: dict[tuple[str, tuple[str, ...]], Aligned] = {}
         self._index: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor | None] = {}
         self.absorbed: dict[object, Any] = {}  # laws summed up once for all (see guide.curvature)
         self._weights: dict[tuple[str, ...], Tensor] = {}
-        self._settled = False
-
-    def prepare(self, name: str, raw: Tensor) -> Tensor:
-        """Data in the precision of the computation; what was not observed becomes a mask."""
-        x = raw.to(device=self.device, dtype=self.dtype)
-        if self.graph.model.variables[name].missing == "mask":
-            seen = ~torch.isnan(x)
-            # A masked entry is given some value of the support, so that its (unused) density and gradient stay finite.
-            self.masks[name] = seen.to(self.dtype)
-            x = torch.where(seen, x, self.graph.fillers[name].to(device=self.device, dtype=self.dtype))
-        return x
 
     def forget(self, names: Iterable[str]) -> None:
         """Let go of variables that are not needed any more (they are read again if they are)."""
@@ -73,19 +62,14 @@ class Reduced:
                     self._index.pop(pair, None)
                 self._weights.pop(plates, None)
 
-    def settle(self, arena: Arena) -> None:
-        """Move what was summed up to memory for long; once."""
-        if not self._settled:
-            self.absorbed = {k: a.moved(arena) if hasattr(a, "moved") else a for k, a in list(self.absorbed.items())}
-            self._settled = bool(self.absorbed)
-
     def _held(self) -> list[Tensor]:
         return [t for t in (*list(self._index.values()), *list(self._weights.values())) if t is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is held: data, masks, copies aligned to other plates, and laws summed up."""
-        held = {t.untyped_storage().data_ptr(): t for t in (*self.data.values(), *self.masks.values(), *(a.value for a in list(self._aligned.values())), *self._held())}
+        copies = [a.value for a in list(self._aligned.values())]
+        held = {t.untyped_storage().data_ptr(): t for t in (*self.data.values(), *self.masks.values(), *copies, *self._held())}
         return sum(t.numel() * t.element_size() for t in held.values()) + sum(getattr(a, "nbytes", 0) for a in list(self.absorbed.values()))
 
     def sizes(self, plates: tuple[str, ...]) -> tuple[int, ...]:
@@ -145,15 +129,26 @@ class Reduced:
         return out.expand(out.shape[0], *self.sizes(v.plates), *self.graph.links[name].base_shape).to(self.dtype)
 
 
+def _prepare(graph: Graph, masks: dict[str, Tensor], dtype: torch.dtype, device: str, name: str, raw: Tensor) -> Tensor:
+    """Data in the precision of the computation; what was not observed becomes a mask."""
+    x = raw.to(device=device, dtype=dtype)
+    if graph.model.variables[name].missing == "mask":
+        seen = ~torch.isnan(x)
+        # A masked entry is given some value of the support, so that its (unused) density and gradient stay finite.
+        masks[name] = seen.to(dtype)
+        x = torch.where(seen, x, graph.fillers[name].to(device=device, dtype=dtype))
+    return x
+
+
 class _Data(dict[str, Tensor]):
     """Data by name, prepared on first use."""
 
-    def __init__(self, reduced: Reduced, source: Mapping[str, Tensor]) -> None:
+    def __init__(self, source: Mapping[str, Tensor], prepare: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__()
-        self._reduced, self._source = reduced, source
+        self._source, self._prepare = source, prepare
 
     def __missing__(self, name: str) -> Tensor:
-        self[name] = self._reduced.prepare(name, self._source[name])
+        self[name] = self._prepare(name, self._source[name])
         return self[name]
 
     def __contains__(self, name: object) -> bool:

@@ -86,7 +86,9 @@ def schemes_of(encoding: Encoding, blocks: list[Block], plates: Mapping[str, obj
     return {b.name: table.get(frozenset(b.plates), "auto") for b in blocks}
 
 
-def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", processes: int = 1, lanes: int = 1, threads: int = 1, seed: int = 0) -> Study:
+def prepare(
+    cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", processes: int = 1, lanes: int = 1, threads: int = 1, seed: int = 0
+) -> Study:
     """Check everything and decide how to compute.
 
     Raises:
@@ -124,8 +126,9 @@ def prepare(cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = 
     whole = any(not c.tree for c in guide.components)
     values = sum(math.prod(cardinality[p] for p in v.plates) * math.prod(graph.shape(v)) for v in graph.model.of_kind("observed", "covariate"))
     itemsize = 4 if free else 8
-    plan = make_plan(guide, cohort.layout, values * itemsize, budget, processes=processes, lanes=lanes, itemsize=itemsize, chunk=1 << 18,
-                     needs_whole=whole or split is None)
+    plan = make_plan(
+        guide, cohort.layout, values * itemsize, budget, processes=processes, lanes=lanes, itemsize=itemsize, chunk=1 << 18, needs_whole=whole or split is None
+    )
     for c in guide.components:
         if not c.tree and coordinates(c, cardinality) > 4 * DENSE_LIMIT:
             raise PlanRefused(

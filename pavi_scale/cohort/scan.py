@@ -94,7 +94,8 @@ def check_block(
             remedy="correct or drop these units",
         )
     if not nan_ok:
-        remedy = "declare observed(..., missing='mask'), or drop these units" if kind == "observed" else "fill in or drop these units: a covariate must be known"
+        unknown = "fill in or drop these units: a covariate must be known"
+        remedy = "declare observed(..., missing='mask'), or drop these units" if kind == "observed" else unknown
         raise CohortError(
             "value is missing (NaN)",
             where=f"{where} at {_named(np.isnan(values), index, axes, describe)}",

@@ -8,9 +8,9 @@ built from them outside, and that one is sampled. A law that cannot be captured 
 from __future__ import annotations
 
 import contextlib
-import threading
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
