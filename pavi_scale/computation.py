@@ -27,7 +27,7 @@ from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.holding import Holding, Key
-from pavi_scale.memory import keep_freed_memory
+from pavi_scale.memory import keep_freed_memory, release_freed_memory
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
 from pavi_scale.moments import Moments
@@ -39,6 +39,7 @@ from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
+TIDY_EVERY = 32  # tasks: the pages given back must be zeroed again when they are used
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class StudyComputation:
         self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
         self._holding = Holding(settings.cache_bytes)
         self._used = threading.local()
+        self._answered = 0
         self._spent = spent(self.guide.components, graph.model)
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
         data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
@@ -104,6 +106,9 @@ class StudyComputation:
         self._used.last, (key, reduced) = None, last
         reduced.forget(name for name, laws in self._spent.items() if all(law in reduced.absorbed for law in laws))
         self._holding.keep(key, reduced)
+        self._answered += 1
+        if self._answered % TIDY_EVERY == 0:
+            release_freed_memory()
 
     def shard(self, task: Mapping[str, Any]) -> tuple[Reduced, Shard]:
         """The reduced model of a task's shard, or of its part of a random sample that stands for the whole cohort."""

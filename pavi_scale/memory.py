@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -36,13 +37,20 @@ def keep_freed_memory(limit: int = 256 << 20) -> bool:
     """Let the C library keep up to `limit` freed bytes instead of returning them at once, where it is glibc.
 
     Dask starts its workers with a limit of 64 KiB; every temporary array is then mapped, zeroed by the kernel and unmapped again, which
-    takes as long as the arithmetic. Returns whether it was set.
+    takes as long as the arithmetic. Threads share one heap: each with its own would keep what it freed from the others. Returns whether it was set.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(-1, limit)) and bool(libc.mallopt(-3, 1 << 30))  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        options = {-8: 1, -1: limit, -3: 1 << 30}  # M_ARENA_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        return all([bool(libc.mallopt(key, value)) for key, value in options.items()])
     except (OSError, AttributeError):
         return False
+
+
+def release_freed_memory() -> None:
+    """Give the holes of the heap back to the system: between temporaries of many sizes they grow without bound."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def format_bytes(size: float) -> str:
