@@ -16,9 +16,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64 finaliser, element-wise on uint64 (wrap-around is intended)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    shifted = x >> np.uint64(30)
+    x = np.bitwise_xor(x, shifted, out=shifted)  # the caller's array is kept, and no further one is made
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def stream(seed: int, *names: object) -> int:
@@ -40,12 +44,18 @@ def uniform(key: int, *counters: np.ndarray) -> np.ndarray:
         >>> bool((rows[1:] == uniform(7, np.arange(1, 3)[:, None], np.arange(2))).all())
         True
     """
-    state = np.full(np.broadcast_shapes(*(np.shape(c) for c in counters)), np.uint64(key), dtype=np.uint64)
+    shape = np.broadcast_shapes(*(np.shape(c) for c in counters))
+    state = np.full((1,) * max(1, len(shape)), np.uint64(key), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for counter in counters:
+        for counter in counters:  # each broadcasts the state no further than it must
             state = _mix(state + _GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
-        state = _mix(state + _GOLDEN)
-    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        state += _GOLDEN
+        state = _mix(state)
+    state >>= np.uint64(11)
+    out = state.astype(np.float64)
+    out += 0.5
+    out *= 2.0**-53
+    return out.reshape(shape)
 
 
 def normal(key: int, *counters: np.ndarray) -> np.ndarray:

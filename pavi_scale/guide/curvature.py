@@ -60,8 +60,10 @@ class Absorbed:
         return sum(t.numel() * t.element_size() for t in (self.value, self.gradient, self.precision))
 
     def moved(self, arena: Arena) -> Absorbed:
-        """The same, kept for long."""
-        return Absorbed(self.block, arena.copy(self.value), arena.copy(self.gradient), arena.copy(self.precision))
+        """The same, kept for long; a precision that all units share is kept once."""
+        shared = bool((self.precision == self.precision[:, :1]).all())
+        precision = arena.copy(self.precision[:, :1]).expand_as(self.precision) if shared else arena.copy(self.precision)
+        return Absorbed(self.block, arena.copy(self.value), arena.copy(self.gradient), precision)
 
     def at(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """Value `[K, n]`, gradient and minus second derivatives at `z` `[K, n, C, e]`."""
