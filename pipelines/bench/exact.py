@@ -103,7 +103,7 @@ class GaussianGuide:
         theta: Mean of theta, `[G, D]`.
         theta_var: Its variances, `[G, D]`.
         covariance: Of theta with the mu of the same feature, `[G, D]`.
-        entropy: Of the joint Gaussian, nats; None if all coordinates are independent.
+        entropy: Of the joint Gaussian, nats; None if given mu all theta are independent, and each depends on the mu of its feature alone.
     """
 
     mu: np.ndarray
@@ -114,13 +114,23 @@ class GaussianGuide:
     entropy: float | None = None
 
 
+def from_cholesky(loc: np.ndarray, chol: np.ndarray, features: int) -> GaussianGuide:
+    """The guide N(loc, chol chol^T) over the coordinates (mu, theta), theta's in the order `[G, D]`."""
+    variance = np.square(chol).sum(1)
+    across = (chol[features:].reshape(-1, features, len(loc)) * chol[:features]).sum(-1)
+    entropy = 0.5 * len(loc) * (1 + LOG2PI) + float(np.log(np.abs(np.diagonal(chol))).sum())
+    theta, theta_var = (v[features:].reshape(-1, features) for v in (loc, variance))
+    return GaussianGuide(loc[:features], variance[:features], theta, theta_var, across, entropy)
+
+
 def elbo(q: GaussianGuide, means: np.ndarray, found: Statistics, scales: Scales) -> float:
     """The bound of a Gaussian guide in closed form, nats; `means` are the groups' means, `[G, D]`."""
     s0, s1, sx = scales
     n = found.observations
     entropy = q.entropy
     if entropy is None:
-        entropy = 0.5 * float((1 + LOG2PI + np.log(q.mu_var)).sum() + (1 + LOG2PI + np.log(q.theta_var)).sum())
+        given = q.theta_var - np.square(q.covariance) / q.mu_var
+        entropy = 0.5 * float((1 + LOG2PI + np.log(q.mu_var)).sum() + (1 + LOG2PI + np.log(given)).sum())
     root = -0.5 * ((q.mu**2 + q.mu_var) / s0**2 + LOG2PI + 2 * math.log(s0)).sum()
     spread = (q.theta - q.mu) ** 2 + q.theta_var + q.mu_var - 2 * q.covariance
     local = -0.5 * (spread / s1**2 + LOG2PI + 2 * math.log(s1)).sum()
