@@ -46,7 +46,7 @@ def fit(store: str, run: str) -> dict[str, Any]:
     points = [{"seconds": s, "gap": (evidence - b) / found.latents, "error": 0.0} for s, b in timed_bounds(posterior.datatree["fit"].to_dataset())]
     final = {"seconds": seconds, "gap": (evidence - bound) / found.latents, "error": error / found.latents}
     mean, sd = exact.mu_posterior(found, SCALES)
-    stored = [posterior.datatree[group]["mu"].values for group in ("posterior_mean", "posterior_sd")]
+    stored = [posterior.datatree[group].to_dataset()["mu"].values for group in ("posterior_mean", "posterior_sd")]
     return {
         "fit_seconds": seconds,
         "before_bytes": before,
