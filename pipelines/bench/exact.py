@@ -93,6 +93,13 @@ def mu_posterior(found: Statistics, scales: Scales) -> tuple[np.ndarray, float]:
     return found.sums / v / precision, precision**-0.5
 
 
+def root_gap(loc: np.ndarray, sd: np.ndarray, found: Statistics, scales: Scales) -> float:
+    """The gap per latent of q(mu) = N(loc, diag(sd^2)) with the exact posterior of theta given mu: the divergence of q(mu) alone, over all latents."""
+    mean, exact_sd = mu_posterior(found, scales)
+    ratio = np.square(sd / exact_sd)
+    return float(0.5 * (ratio + np.square((loc - mean) / exact_sd) - 1 - np.log(ratio)).sum()) / found.latents
+
+
 @dataclass(frozen=True)
 class GaussianGuide:
     """Moments of a Gaussian q(mu, theta), as far as its bound depends on them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,17 +18,20 @@ from pipelines.bench import exact
 from pipelines.bench.gaussian import SCALES, large
 from pipelines.bench.meter import Watch, peak_bytes
 
-# Stages of the trace whose value is a bound of the whole guide on all data. Those of a search are values at a point of the root, which is no bound.
-BOUNDS = ("elbo", "check")
 PARTICLES = 4
 
 
-def timed_bounds(trace: xr.Dataset) -> list[tuple[float, float]]:
-    """(seconds since the call of fit, bound) of every full-data bound in a trace; none if the trace has no clock."""
-    if "seconds" not in trace:
+def milestones(trace: xr.Dataset, found: exact.Statistics) -> list[dict[str, float]]:
+    """Points of the curve from the q(root) that the trace keeps with its clock; none if it keeps none.
+
+    Given mu, the guide's theta is exact for this model and needs no training, so that the gap is the divergence of q(mu) alone; the bound of the finished
+    posterior, evaluated on all data, would show if it were not. The trace's other values are at points of the root: no bounds.
+    """
+    if not {"seconds", "root_step", "root_loc", "root_sd"} <= set(trace.data_vars):
         return []
-    rows = zip(trace["stage"].values.tolist(), trace["seconds"].values.tolist(), trace["elbo"].values.tolist(), strict=True)
-    return [(float(s), float(b)) for stage, s, b in rows if stage in BOUNDS and math.isfinite(b)]
+    seconds = trace["seconds"].values[trace["root_step"].values]
+    states = zip(seconds, trace["root_loc"].values, trace["root_sd"].values, strict=True)
+    return [{"seconds": float(s), "gap": exact.root_gap(loc, sd, found, SCALES), "error": 0.0} for s, loc, sd in states]
 
 
 def fit(store: str, run: str) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def fit(store: str, run: str) -> dict[str, Any]:
     found = exact.statistics(exact.blocks(store))
     evidence = exact.log_evidence(found, SCALES)
     bound, error = posterior.elbo(PARTICLES)
-    points = [{"seconds": s, "gap": (evidence - b) / found.latents, "error": 0.0} for s, b in timed_bounds(posterior.datatree["fit"].to_dataset())]
+    points = milestones(posterior.datatree["fit"].to_dataset(), found)
     final = {"seconds": seconds, "gap": (evidence - bound) / found.latents, "error": error / found.latents}
     mean, sd = exact.mu_posterior(found, SCALES)
     stored = [posterior.datatree[group].to_dataset()["mu"].values for group in ("posterior_mean", "posterior_sd")]

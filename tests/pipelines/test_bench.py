@@ -166,12 +166,30 @@ def test_ratio_is_to_the_best_of_the_rival():
     assert "100" in normal
 
 
-def test_curve_of_a_timed_trace_has_bounds_of_the_whole_guide_alone():
-    trace = xr.Dataset(
-        {"stage": ("step", ["mode", "check", "elbo", "elbo"]), "elbo": ("step", [5.0, 3.0, np.nan, 4.0]), "seconds": ("step", [1.0, 2.0, 3.0, 4.0])}
-    )
-    assert ours.timed_bounds(trace) == [(2.0, 3.0), (4.0, 4.0)]
-    assert ours.timed_bounds(trace.drop_vars("seconds")) == []
+def test_root_gap_is_that_of_a_guide_with_exact_locals(x):
+    mean, cov = joint_posterior(x, SCALES)
+    loc, sd = mean[:, 0] + 0.1, 1.3 * math.sqrt(cov[0, 0])
+    # theta_g = E[theta_g | mu] + noise of its exact variance, on another mu.
+    slope, given = cov[1:, 0] / cov[0, 0], cov[1:, 1:] - np.outer(cov[1:, 0], cov[0, 1:]) / cov[0, 0]
+    lower = np.concatenate([[1.0], slope])
+    other_cov = sd**2 * np.outer(lower, lower)
+    other_cov[1:, 1:] += given
+    truth = exact.gap(guide(mean + 0.1 * lower, other_cov), x.mean(1), statistics(x), SCALES)
+    assert truth > 0.005
+    assert exact.root_gap(loc, np.full(FEATURES, sd), statistics(x), SCALES) == pytest.approx(truth, rel=1e-9)
+
+
+def test_curve_of_a_trace_with_a_clock(x):
+    found = statistics(x)
+    mean, sd = exact.mu_posterior(found, ours.SCALES)
+    moments = {"root_loc": [mean + 1.0, mean], "root_sd": np.full((2, FEATURES), sd)}
+    trace = xr.Dataset({"elbo": ("step", [1.0, 2.0, 3.0]), "seconds": ("step", [0.1, 0.2, 0.4]), "root_step": ("milestone", [0, 2])})
+    trace = trace.assign({name: (("milestone", "root"), values) for name, values in moments.items()})
+    first, last = ours.milestones(trace, found)
+    assert (first["seconds"], last["seconds"]) == (0.1, 0.4)
+    assert first["gap"] == pytest.approx(0.5 * FEATURES / sd**2 / found.latents)
+    assert last["gap"] == pytest.approx(0.0, abs=1e-12)
+    assert ours.milestones(trace.drop_vars("seconds"), found) == []
 
 
 def test_a_contestant_stopped_at_the_limit_keeps_what_it_printed(tmp_path):
