@@ -25,6 +25,8 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "store": ("pipelines.bench.gaussian:large_store", (), "Large cohort simulated"),
     "memory": ("pipelines.bench.gaussian:memory", ("store",), "Out of a store within a budget: G=20,000, N=50, D=8, scales (1, .5, 1)"),
     "queries": ("pipelines.bench.gaussian:queries", ("store", "memory"), "Lazy queries on that run"),
+    "rivals": ("pipelines.bench.rivals:rivals", (), "Seconds to 0.002 nats per latent: Gaussian random effects, N=50, D=8, scales (1, .5, 1)"),
+    "flat": ("pipelines.bench.flat:flat", (), "Cost against cardinality: Gaussian random effects out of a store, N=50, D=8, scales (1, .5, 1)"),
 }
 
 
@@ -49,6 +51,9 @@ def measure_apart(name: str, job: Job) -> dict[str, Any]:
     """Run one measurement in a process of its own; its result, or its error, with the wall time of the whole process."""
     out = job.work / f"{name}.result.json"
     command = [sys.executable, "-W", "ignore", "-m", "pipelines.bench", "--step", name, "--work", str(job.work), "--shared", str(job.shared), "--out", str(out)]
+    command += ["--results", str(job.results)]
+    command += ["--limit", str(job.limit)] if job.limit else []
+    command += ["--groups", *map(str, job.groups)] if job.groups else []
     before, watch = machine(), Watch()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     record: dict[str, Any] = {"wall_seconds": watch.seconds, "before": before, "after": machine()}
@@ -90,6 +95,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), metavar="DIR", help="folder of the real tables and references (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.json"), metavar="FILE.json", help="where the figures go (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder for stores and runs, kept; a temporary one unless given")
+    parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals and flat, instead of those asked for")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals, or a fit of flat, after so long")
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     return parser
 
@@ -98,7 +106,7 @@ def main() -> None:
     """Measure what was asked for; exit code 1 if a measurement failed."""
     args = options().parse_args()
     if args.step:
-        measure_here(args.step, Job(args.work, args.shared), args.out)
+        measure_here(args.step, Job(args.work, args.shared, args.results, tuple(args.groups), args.limit), args.out)
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     names = wanted(args.only)
@@ -109,12 +117,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pavi-bench-") as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        job = Job(work.absolute(), args.shared.absolute(), args.out.parent.absolute(), tuple(args.groups), args.limit)
         for name in names:
             missing = [need for need in STEPS[name][1] if "error" in records[need]]
             if missing:
                 records[name] = {"error": f"left out: {missing[0]} failed", "exit_code": 1, "wall_seconds": 0.0}
             else:
-                records[name] = measure_apart(name, Job(work.absolute(), args.shared.absolute()))
+                records[name] = measure_apart(name, job)
             show(console, name, records[name])
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(records, indent=1))

@@ -19,11 +19,17 @@ class Job:
 
     Args:
         work: Folder that the measurements of one command share; what one needs of another lies there.
-        shared: Folder of the real tables (`data`) and their reference posteriors (`reference`).
+        shared: Folder of the real tables (`data`), their reference posteriors (`reference`) and the hand-written rival (`rivals`).
+        results: Folder of what is kept beside the figures: curves and pictures.
+        groups: Cohort sizes where those are a choice; empty for a measurement's own.
+        limit: Seconds after which a contestant or a fit is stopped; None lets it run.
     """
 
     work: Path
     shared: Path
+    results: Path
+    groups: tuple[int, ...] = ()
+    limit: float | None = None
 
 
 @dataclass
