@@ -43,6 +43,11 @@ class IsotropicNormalMixture(Distribution):
         batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2], self.scale.shape)
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
+    @property
+    def curved(self) -> Tensor:
+        """The parameter that `second_order` differentiates by."""
+        return self.logits
+
     def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: object = None) -> IsotropicNormalMixture:
         """The same law for a larger batch; nothing is copied."""
         batch = torch.Size(batch_shape)
@@ -70,6 +75,16 @@ class IsotropicNormalMixture(Distribution):
     def responsibilities(self, value: Tensor) -> Tensor:
         """Posterior probability of each component given `value` `[..., D]`, `[..., K]`."""
         return self._joint(value)[0].softmax(-1)
+
+    def second_order(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-density, its gradient with respect to the logits `[..., K]`, and minus the Hessian `[..., K, K]`.
+
+        With responsibilities r and weights p = softmax(logits): gradient r - p, minus Hessian (diag p - p p^T) - (diag r - r r^T).
+        """
+        joint, rest = self._joint(value)
+        r, p = joint.softmax(-1), self.logits.softmax(-1)
+        hessian = r.unsqueeze(-1) * r.unsqueeze(-2) - p.unsqueeze(-1) * p.unsqueeze(-2)
+        return torch.logsumexp(joint, -1) + rest, r - p, hessian + torch.diag_embed(p - r)
 
     def _joint(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Log p(value, label = k), `[..., K]`, up to what all labels share; and that rest, `[...]`."""

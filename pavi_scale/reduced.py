@@ -107,26 +107,40 @@ class Reduced:
             self._aligned[key] = align(self.data[name], False, v.plates, target, self.selection)
         return self._aligned[key]
 
-    def log_prob(self, name: str, values: Mapping[str, Value], given: Mapping[str, Aligned] | None = None) -> Tensor:
+    def log_prob(self, name: str, values: Mapping[str, Value], given: Mapping[str, Aligned] | None = None, *, alone: bool = False) -> Tensor:
         """log p(name | parents) per selected ground unit, `[K, *sizes(plates)]`.
 
         Args:
             name: A latent or observed variable.
             values: Latent values.
             given: Already aligned values that take precedence (copies to differentiate by).
+            alone: Only the first unit; `given` holds that one's values.
         """
         v: Variable = self.graph.model.variables[name]
         given = given or {}
-        own = given.get(name) or self.aligned(name, v.plates, values)
-        parents = {p: given.get(p) or self.aligned(p, v.plates, values) for p in v.parents}
+        look: Callable[[str], Aligned] = partial(self.aligned, target=v.plates, values=values)
+        own = given.get(name) or (_first(look(name)) if alone else look(name))
+        parents = {p: given.get(p) or (_first(look(p)) if alone else look(p)) for p in v.parents}
         mask = Aligned(self.masks[name], v.plates, False) if name in self.masks else None
         return self.graph.log_prob(v, own, parents, mask)
+
+    def second_order(self, name: str, values: Mapping[str, Value], given: Mapping[str, Aligned]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `log_prob`, with the gradient and minus the Hessian that the law gives by one of its parents (`Graph.second_order`)."""
+        v = self.graph.model.variables[name]
+        parents = {p: given.get(p) or self.aligned(p, v.plates, values) for p in v.parents}
+        return self.graph.second_order(v, self.aligned(name, v.plates, values), parents)
 
     def prior_mean(self, name: str, values: Mapping[str, Value]) -> Tensor:
         """Unconstrained conditional prior mean per ground unit, `[K, *sizes, *base_shape]`."""
         v = self.graph.model.variables[name]
         out = self.graph.prior_mean(v, {p: self.aligned(p, v.plates, values) for p in v.parents})
         return out.expand(out.shape[0], *self.sizes(v.plates), *self.graph.links[name].base_shape).to(self.dtype)
+
+
+def _first(aligned: Aligned) -> Aligned:
+    """The value on the first unit."""
+    lead = (slice(None),) * int(aligned.particles)
+    return Aligned(aligned.value[(*lead, *(slice(1) for _ in aligned.axes))], aligned.axes, aligned.particles)
 
 
 def _prepare(graph: Graph, masks: dict[str, Tensor], dtype: torch.dtype, device: str, name: str, raw: Tensor) -> Tensor:

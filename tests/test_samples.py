@@ -67,7 +67,8 @@ def test_sample_of_a_store_is_made_of_runs(cohort: xr.Dataset, tmp_path: object)
 def test_sizes_do_not_grow_with_the_cohort() -> None:
     per_unit = 2e-6
     first = [sample_sizes(n, n * per_unit, 8) for n in (200_000, 2_000_000, 200_000_000)]
-    assert first[0] == first[1] == first[2] and len(first[0]) == 2
+    assert first[0] == first[1] == first[2]
+    assert len(first[0]) == 2
     assert sample_sizes(3000, 3000 * per_unit, 8) == []
 
 

@@ -66,6 +66,7 @@ class Component:
         elementwise: Whether coordinates of different event index are independent: C = event size, e = latents per block.
         candidates: Draws per unit of its finest blocks among which one is picked by importance weight; 0 for none.
         rough: Laws with kinks, whose second derivative is zero where it exists.
+        uniform: Laws whose second derivatives are the same for all units and points, given the root: had from one unit.
         quadratic: Whether its log joint is quadratic in its coordinates (linear-Gaussian laws): its Gaussian is then exact.
     """
 
@@ -77,6 +78,7 @@ class Component:
     quadratic: bool = False
     candidates: int = 0
     rough: tuple[str, ...] = ()
+    uniform: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

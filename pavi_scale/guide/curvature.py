@@ -16,7 +16,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Block, Component, Factor
 from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_dense
 from pavi_scale.memory import Arena
-from pavi_scale.model.density import Aligned
+from pavi_scale.model.density import Aligned, align
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.reduced import Reduced, Value
 
@@ -274,16 +274,21 @@ class LocalModel:
         value = _scatter(torch.zeros_like(z[..., 0, 0]), self.reduced.unit_index(v.plates, block.plates), term)
         return Absorbed(block.name, value.detach(), gradient.detach(), -torch.stack(columns, -1))
 
-    def _copies(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """One law's log-densities at its own units, `[K, n_f]`, and the copies of the blocks' coordinates they were computed from."""
+    def _copies(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, alone: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """One law's log-densities at its own units, `[K, n_f]`, and the copies of the blocks' coordinates they were computed from.
+
+        With `alone`, those of its first unit only.
+        """
         v = self.reduced.graph.model.variables[factor.variable]
-        sizes = self.reduced.sizes(v.plates)
+        sizes = (1,) * len(v.plates) if alone else self.reduced.sizes(v.plates)
         copies: dict[str, Tensor] = {}
         given: dict[str, Aligned] = {}
         jacobian: Tensor | float = 0.0
         for name, latents in factor.touches:
             block = self.blocks[name]
             index = self.reduced.unit_index(v.plates, block.plates)
+            if alone:
+                index = torch.zeros(1, dtype=torch.int64, device=z[name].device) if index is None else index[:1]
             copy = z[name] if index is None else z[name].index_select(1, index)
             copy = copy if differentiable and copy.requires_grad else copy.detach().requires_grad_()
             if differentiable and copy is z[name]:
@@ -296,7 +301,7 @@ class LocalModel:
                 given[latent] = Aligned(theta.reshape(theta.shape[0], *sizes, *link.event_shape), v.plates, True)
                 if latent == factor.variable:
                     jacobian = link.log_det(base, theta)
-        value = self.reduced.log_prob(factor.variable, self.given, given).flatten(1) + jacobian
+        value = self.reduced.log_prob(factor.variable, self.given, given, alone=alone).flatten(1) + jacobian
         return value.expand(self.particles, -1), copies
 
     def products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:
@@ -323,12 +328,26 @@ class LocalModel:
             return self._derivatives(factor, z, differentiable, second)
 
     def _derivatives(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, second: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        if second and not differentiable and (known := self._own(factor, z)) is not None:
+            return known
         value, copies = self._copies(factor, z, differentiable)
-        names = list(copies)
-        first = torch.autograd.grad(value.sum(), [copies[n] for n in names], create_graph=True, materialize_grads=True)
-        grads = {n: g if differentiable else g.detach() for n, g in zip(names, first, strict=True)}
+        uniform = factor.variable in self.component.uniform
+        first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=differentiable or (second and not uniform), materialize_grads=True)
+        grads = {n: g if differentiable else g.detach() for n, g in zip(copies, first, strict=True)}
         hess: dict[Pair, Tensor] = {}
-        for i, a in enumerate(names if second else []):
+        if second and uniform:  # one unit's second derivatives are everybody's
+            alone, few = self._copies(factor, z, differentiable, alone=True)
+            slope = torch.autograd.grad(alone.sum(), list(few.values()), create_graph=True, materialize_grads=True)
+            hess = {pair: h.expand(-1, value.shape[1], -1, -1, -1) for pair, h in self._columns(factor, few, slope, differentiable).items()}
+        elif second:
+            hess = self._columns(factor, copies, first, differentiable)
+        return value if differentiable else value.detach(), grads, hess
+
+    def _columns(self, factor: Factor, copies: Mapping[str, Tensor], first: tuple[Tensor, ...], differentiable: bool) -> dict[Pair, Tensor]:
+        """Minus second derivatives, a column at a time: one reverse pass gives that column of every unit's."""
+        names = list(copies)
+        hess: dict[Pair, Tensor] = {}
+        for i, a in enumerate(names):
             columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(self.blocks[a], latent)})
             rows = names[i:]
             parts: dict[str, list[Tensor]] = {b: [torch.zeros_like(copies[b])] * copies[a].shape[3] for b in rows}
@@ -341,7 +360,29 @@ class LocalModel:
                     parts[b] = [*parts[b][:c], -column, *parts[b][c + 1 :]]
             for b in rows:  # stored (fine, coarse): `b` comes later, so it is the finer one
                 hess[b, a] = torch.stack(parts[b], -1)
-        return value if differentiable else value.detach(), grads, hess
+        return hess
+
+    def _own(self, factor: Factor, z: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]] | None:
+        """The terms of a law that gives its own second derivatives by the only latent it touches; None for others."""
+        latent = self.reduced.graph.curved.get(factor.variable)
+        v = self.reduced.graph.model.variables[factor.variable]
+        if latent is None or v.missing == "mask" or len(factor.touches) != 1 or factor.touches[0][1] != (latent,) or self.component.elementwise:
+            return None
+        name = factor.touches[0][0]
+        block, k, n = self.blocks[name], self.particles, self.reduced.count(v.plates)
+        value, plates = self.values({name: z[name]})[latent].theta, self.reduced.graph.model.variables[latent].plates
+        given = {latent: align(value.detach(), True, block.plates if plates == block.plates else plates, v.plates, self.reduced.selection)}
+        found = self.reduced.second_order(factor.variable, self.given, given)
+        sizes = self.reduced.sizes(v.plates)
+        term, slope, curve = (t.detach().expand(k, *sizes, *t.shape[1 + len(sizes) :]).reshape(k, n, *t.shape[1 + len(sizes) :]) for t in found)
+        gradient, hessian = slope[:, :, None], curve[:, :, None]
+        if block.dim != slope.shape[-1]:
+            columns = self.component.columns(block, latent)
+            gradient = gradient.new_zeros(k, n, 1, block.dim)
+            gradient[..., columns] = slope[:, :, None]
+            hessian = gradient.new_zeros(k, n, 1, block.dim, block.dim)
+            hessian[..., torch.tensor(columns)[:, None], torch.tensor(columns)] = curve[:, :, None]
+        return term, {name: gradient}, {(name, name): hessian}
 
     def _rough(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """As `_factor` for a law with kinks (Laplace), whose second derivative says nothing.

@@ -30,9 +30,8 @@ class Guide:
         self.graph, self.free = graph, free
         structure = structure or {}
         self.blocks = make_blocks(graph, free)
-        self.components: list[Component] = [
-            replace(c, **{k: tuple(v) if k == "rough" else v for k, v in structure.get(c.name, {}).items()}) for c in make_components(graph, self.blocks)  # type: ignore[arg-type]
-        ]
+        found = {name: {k: tuple(v) if k in ("rough", "uniform") else v for k, v in what.items()} for name, what in structure.items()}
+        self.components: list[Component] = [replace(c, **found.get(c.name, {})) for c in make_components(graph, self.blocks)]  # type: ignore[arg-type]
         touched = {f.variable for c in self.components for f in c.factors}
         self.plain = [v for v in graph.model.of_kind("observed") if v.name not in touched]
 
@@ -112,7 +111,8 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
         else:
             quadratic = False
         rough = [f.variable for f in component.factors if all(_kinked(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
-        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic and not rough, "rough": rough}
+        uniform = [f.variable for f in component.factors if all(_uniform(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
+        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic and not rough, "rough": rough, "uniform": uniform}
     return found
 
 
@@ -140,6 +140,18 @@ def _kinked(local: LocalModel, factor: Factor) -> bool:
     (_, first, h_one), (_, second, h_two) = (local._factor(factor, z, False) for z in (one, two))
     flat = all(float(h.abs().max()) == 0.0 for h in (*h_one.values(), *h_two.values()))
     return flat and any(float((first[b] - second[b]).abs().max()) > 1e-9 for b in first)
+
+
+def _uniform(local: LocalModel, factor: Factor) -> bool:
+    """Whether a law's second derivatives are the same for all units and at two points; nothing but the root may enter beside what is differentiated."""
+    model = local.reduced.graph.model
+    v, touched = model.variables[factor.variable], {n for _, names in factor.touches for n in names}
+    others = [model.variables[p] for p in v.parents if p not in touched]
+    if v.missing == "mask" or any(p.plates for p in others) or local.reduced.count(v.plates) < 2:
+        return False
+    curved = [local._factor(factor, _points(local, seed), False)[2] for seed in (6, 7)]
+    flat = all(float((h - h[:, :1]).abs().max()) <= 1e-10 * float(h.abs().max().clamp_min(1e-12)) for found in curved for h in found.values())
+    return flat and all(float((h - curved[1][pair]).abs().max()) <= 1e-10 * float(h.abs().max().clamp_min(1e-12)) for pair, h in curved[0].items())
 
 
 def _curvature_fixed(local: LocalModel) -> bool:

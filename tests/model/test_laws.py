@@ -98,3 +98,18 @@ def test_expand_keeps_the_density() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected logits \[\.\.\., K\]"):
         IsotropicNormalMixture(torch.zeros(3), torch.zeros(4, 2), 1.0)
+
+
+def test_second_order_is_what_autograd_finds():
+    generator = torch.Generator().manual_seed(3)
+    logits, loc, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5,), (5, 3), (3,)))
+    law = IsotropicNormalMixture(logits, loc, 0.7)
+    value, gradient, hessian = law.second_order(x)
+
+    def density(free: torch.Tensor) -> torch.Tensor:
+        return IsotropicNormalMixture(free, loc, 0.7).log_prob(x)
+
+    torch.testing.assert_close(value, density(logits))
+    torch.testing.assert_close(gradient, torch.autograd.functional.jacobian(density, logits))
+    torch.testing.assert_close(hessian, -torch.autograd.functional.hessian(density, logits))
+    assert law.curved is logits
