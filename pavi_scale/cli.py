@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pavi_scale.cohort import open_cohort
+from pavi_scale.calibration import sbc
+from pavi_scale.calibration.given import given_of
+from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.cohort.truth import open_truth
 from pavi_scale.config import Study, load_cluster, load_model, load_study
 from pavi_scale.errors import InputError, Interrupted, PaviError, PlanRefused
@@ -31,7 +33,7 @@ from pavi_scale.summary import summary_table
 
 app = typer.Typer(
     name="pavi-scale",
-    help="Bayesian inference for very large hierarchical models. Exit codes: 0 done, 2 bad input, 3 refused by the plan, 75 interrupted but resumable.",
+    help="Bayesian inference for very large hierarchical models. Exit codes: 0 done, 2 bad input, 3 refused by the plan, 4 not calibrated, 75 interrupted but resumable.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -43,6 +45,11 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 Cluster = Annotated[str | None, typer.Option("--cluster", metavar="FILE.yaml", help="cluster file; replaces the study's own")]
 Select = Annotated[list[str] | None, typer.Option("--sel", metavar="PLATE=LABEL", help="units of a plate to show; repeatable")]
 Folder = Annotated[str | None, typer.Option("--out", metavar="FOLDER", help="where the report goes (default: RUN/report)")]
+
+Calibrate = Annotated[bool, typer.Option("--sbc", help="simulation-based calibration: fit simulated cohorts, test the ranks of their truths; exit code 4 if they fail")]
+Runs = Annotated[int, typer.Option("--runs", metavar="N", help="simulations of --sbc")]
+Sizes = Annotated[list[str] | None, typer.Option("--sizes", metavar="PLATE=N", help="units of a top-level plate, the cohort's first, for --sbc; repeatable")]
+MISCALIBRATED = 4
 
 
 def _command(body: Callable[..., None]) -> Callable[..., None]:
@@ -178,12 +185,17 @@ def report(study: File, settings: Settings = None, cluster: Cluster = None, out:
 
 @app.command()
 @_command
-def check(study: File, settings: Settings = None, cluster: Cluster = None) -> None:
-    """Verify the cohort (every value) and, where there is a run, its files against their digests."""
+def check(
+    study: File, settings: Settings = None, cluster: Cluster = None, calibrate: Calibrate = False, runs: Runs = 100, sizes: Sizes = None
+) -> None:
+    """Verify the cohort (every value) and, where there is a run, its files against their digests; or calibrate (--sbc)."""
     found = load_study(study, settings or (), cluster)
     if found.cluster is not None:
         load_cluster(found.cluster)
     cohort = open_cohort(found.cohort, load_model(found.model))
+    if calibrate:
+        _calibrate(found, cohort, runs, sizes or ())
+        return
     cohort.check_values()
     _say([("cohort", f"sound: {format_bytes(cohort.nbytes)}, {cohort.layout!r}")])
     if not is_run(found.run):
@@ -198,6 +210,24 @@ def check(study: File, settings: Settings = None, cluster: Cluster = None) -> No
     typer.echo(f"run     sound: generation {run.generation}, {state.get('phase', 'unknown phase')}, status {state.get('status', 'none yet')}")
     if run.posterior_path.exists():
         typer.echo(f"posterior sound: {verify(run.posterior_path)} files as in their manifest")
+
+
+def _calibrate(study: Study, cohort: Cohort, runs: int, sizes: Sequence[str]) -> None:
+    """Print the table of simulation-based calibration; finished simulations are kept in the run's folder `sbc`."""
+    wanted: dict[str, int] = {}
+    for text in sizes:
+        plate, _, size = text.partition("=")
+        if not size.isdecimal():
+            raise InputError("a size is `plate=number`", where=f"--sizes {text!r}", expected="such as county=20")
+        wanted[plate] = int(size)
+    kept, given = given_of(cohort, wanted)
+    options = study.fit.arguments()
+    seed, progress = options.pop("seed", 0), options.pop("progress", True)
+    with _client(study) as client:
+        found = sbc(cohort.model, kept, runs, given, seed=seed, run=study.run, progress=progress, client=client, **options)
+    typer.echo(repr(found))
+    if not found.calibrated():
+        raise typer.Exit(MISCALIBRATED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pavi_scale.calibration import Calibration, calibrate
+from pavi_scale.calibration.truth import Calibration, calibrate
 from pavi_scale.durable import disk_errors
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.summary import summary_table

@@ -25,7 +25,7 @@ BORDER = {
     "dask": ("server.runtime", "cohort", "posterior"),
     "distributed": ("server.runtime", "cohort", "posterior"),
     "zarr": ("cohort", "table", "posterior", "model.simulate"),
-    "xarray": ("cohort", "table", "posterior", "model.simulate"),
+    "xarray": ("cohort", "table", "posterior", "model.simulate", "calibration"),
     # Nothing that executes code when read is written to disk. The wire carries the spec and the tasks to workers, as Dask itself does with
     # all it sends: from a trusted driver, never back, and never to a file.
     "pickle": ("server.runtime.wire",), "shelve": (), "marshal": (), "joblib": (),
