@@ -33,7 +33,8 @@ from pavi_scale.summary import summary_table
 
 app = typer.Typer(
     name="pavi-scale",
-    help="Bayesian inference for very large hierarchical models. Exit codes: 0 done, 2 bad input, 3 refused by the plan, 4 not calibrated, 75 interrupted but resumable.",
+    help="Bayesian inference for very large hierarchical models. "
+    "Exit codes: 0 done, 2 bad input, 3 refused by the plan, 4 not calibrated, 75 interrupted but resumable.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -46,7 +47,7 @@ Cluster = Annotated[str | None, typer.Option("--cluster", metavar="FILE.yaml", h
 Select = Annotated[list[str] | None, typer.Option("--sel", metavar="PLATE=LABEL", help="units of a plate to show; repeatable")]
 Folder = Annotated[str | None, typer.Option("--out", metavar="FOLDER", help="where the report goes (default: RUN/report)")]
 
-Calibrate = Annotated[bool, typer.Option("--sbc", help="simulation-based calibration: fit simulated cohorts, test the ranks of their truths; exit code 4 if they fail")]
+Calibrate = Annotated[bool, typer.Option("--sbc", help="simulation-based calibration: fit simulated cohorts, test ranks of truths; exit code 4 if they fail")]
 Runs = Annotated[int, typer.Option("--runs", metavar="N", help="simulations of --sbc")]
 Sizes = Annotated[list[str] | None, typer.Option("--sizes", metavar="PLATE=N", help="units of a top-level plate, the cohort's first, for --sbc; repeatable")]
 MISCALIBRATED = 4

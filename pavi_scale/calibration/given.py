@@ -33,15 +33,16 @@ def given_of(cohort: Cohort, sizes: Mapping[str, int] | None = None) -> tuple[di
     if empty := [name for name, units in kept.units.items() if not len(units)]:
         raise InputError("no unit is left of a plate", where=f"plate {empty[0]!r}", remedy="keep more units of the plates that it lies within")
     variables: dict[str, xr.Variable] = {}
-    for name, array in cohort.dataset.variables.items():
+    for key, array in cohort.dataset.variables.items():
+        name = str(key)
         picks = {p: kept.units[p] for p in map(str, array.dims) if p in kept.units}
         if "instance_dimension" in array.attrs and name not in cohort.model.variables:
-            variables[str(name)] = _moved(array, kept)
-        elif name in cohort.dataset.coords or cohort.model.variables[str(name)].kind == "covariate":
-            variables[str(name)] = array.isel(picks)
-        elif cohort.model.variables[str(name)].missing == "mask":
+            variables[name] = _moved(array, kept)
+        elif name in cohort.dataset.coords or cohort.model.variables[name].kind == "covariate":
+            variables[name] = array.isel(picks)
+        elif cohort.model.variables[name].missing == "mask":
             # Only where it is missing matters; the values are not passed on.
-            variables[str(name)] = array.isel(picks).astype(np.float64) * 0.0
+            variables[name] = array.isel(picks).astype(np.float64) * 0.0
     return {**{p: len(u) for p, u in kept.units.items()}, **cohort.event_sizes}, xr.Dataset(variables)
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from pavi_scale.calibration.uniformity import Bands, holm, wilson
+from pavi_scale.calibration.uniformity import Bands, holm, uniform_pvalues, wilson
 from pavi_scale.durable import disk_errors, replace_bytes, seal, unseal
 from pavi_scale.errors import InputError, RunError
 
@@ -62,8 +62,8 @@ class SBC:
 
     @cached_property
     def pvalues(self) -> pd.Series[float]:
-        """p-value of each quantity under uniform ranks, adjusted for the number of quantities (Holm)."""
-        found = self._bands.pvalues(self._ranks) if len(self._ranks) else np.full(self.dataset.sizes["quantity"], np.nan)
+        """p-value of each quantity under uniform ranks (see `uniformity`), adjusted for the number of quantities (Holm)."""
+        found = uniform_pvalues(self._ranks, self.draws + 1) if len(self._ranks) else np.full(self.dataset.sizes["quantity"], np.nan)
         return pd.Series(holm(found), index=self.dataset["quantity"].values, name="p-value")
 
     def calibrated(self, level: float = LEVEL) -> bool:
@@ -136,9 +136,9 @@ class SBC:
         Raises:
             InputError: The Dataset is not one of ranks.
         """
-        lacking = {"rank", "status", "latent", "quantity"} - set(map(str, dataset.variables))
-        if lacking or "draws" not in dataset.attrs:
-            raise InputError("a Dataset does not hold ranks of simulation-based calibration", where="SBC.from_dataset", got=f"no {sorted(lacking) or ['draws']}")
+        lacking = sorted({"rank", "status", "latent", "quantity"} - set(map(str, dataset.variables))) + ([] if "draws" in dataset.attrs else ["draws"])
+        if lacking:
+            raise InputError("a Dataset does not hold ranks of simulation-based calibration", where="SBC.from_dataset", got=f"no {', '.join(lacking)}")
         return cls(dataset)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

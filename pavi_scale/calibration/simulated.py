@@ -86,13 +86,17 @@ def sbc(
     described = describe(model, cohort, given, draws, units, seed, options)
     path = None if run is None else Path(run) / "sbc" / f"{described}.json"
     found = SBC.open(path) if path is not None and path.exists() else empty(plan, draws, described)
-    with Progress(progress) as bar:
-        for number in range(found.runs, runs):
-            bar.stage(f"simulation {number + 1} of {runs}")
-            ranks, status = simulation(model, sizes, given, plan, draws, stream(seed, "sbc", number), options)
-            found = append(found, ranks, status)
-            if path is not None:
-                found.save(path)
+    try:
+        with Progress(progress) as bar:
+            for number in range(found.runs, runs):
+                bar.stage(f"simulation {number + 1} of {runs}")
+                ranks, status = simulation(model, sizes, given, plan, draws, stream(seed, "sbc", number), options)
+                found = append(found, ranks, status)
+                if path is not None:
+                    found.save(path)
+    except (KeyboardInterrupt, Interrupted) as error:
+        remedy = "the same call with run= goes on after the last finished simulation"
+        raise Interrupted("calibration was interrupted", where="sbc", got=f"{found.runs} of {runs} simulations", remedy=remedy) from error
     return SBC(found.dataset.isel(simulation=slice(runs)))
 
 
@@ -159,7 +163,6 @@ def simulation(
     draws: int,
     seed: int,
     options: Mapping[str, Any],
-    shrink: float = 1.0,
 ) -> tuple[np.ndarray, str]:
     """Ranks and status of one simulation; ranks of -1 where the fit fails.
 
@@ -171,7 +174,6 @@ def simulation(
         draws: As for `sbc`.
         seed: Seed of this simulation.
         options: As for `sbc`.
-        shrink: Variance that draws keep, about their mean: a wrong posterior, made on purpose to see that it is noticed.
     """
     cohort = masked(model, model.sample(sizes, given, stream(seed, "cohort") % 2**63), given)
     data = cohort.drop_vars([v.name for v in model.latents])
@@ -180,9 +182,7 @@ def simulation(
             posterior = fit(model, data, run=folder, seed=stream(seed, "fit") % 2**31, progress=False, **options)
         except NumericalError:
             return np.full(len(plan), -1), FAILED
-        except Interrupted as error:
-            raise Interrupted("calibration was interrupted", where="sbc", remedy="the same call with run= goes on after the last finished simulation") from error
-        return rank(posterior, cohort, plan, draws, seed, shrink), posterior.status
+        return rank(posterior, cohort, plan, draws, seed), posterior.status
 
 
 def masked(model: Model, cohort: xr.Dataset, given: xr.Dataset | None) -> xr.Dataset:
@@ -192,7 +192,16 @@ def masked(model: Model, cohort: xr.Dataset, given: xr.Dataset | None) -> xr.Dat
 
 
 def rank(posterior: Posterior, cohort: xr.Dataset, plan: tuple[Quantity, ...], draws: int, seed: int, shrink: float = 1.0) -> np.ndarray:
-    """How many draws lie below the truth of each quantity; ties, as of a correlation matrix's diagonal, are broken at random."""
+    """How many draws lie below the truth of each quantity; ties, as of a correlation matrix's diagonal, are broken at random.
+
+    Args:
+        posterior: The posterior.
+        cohort: What it was fitted to, with the truth.
+        plan: What is ranked.
+        draws: How many draws.
+        seed: Seed of the choice of units.
+        shrink: Share of their variance that draws keep, about their mean: a wrong posterior, made on purpose to see that it is noticed.
+    """
     rng = np.random.default_rng(stream(seed, "units"))
     out = np.empty(len(plan), dtype=np.int64)
     group = posterior.datatree["posterior"].dataset

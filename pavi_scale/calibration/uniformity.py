@@ -16,7 +16,7 @@ from math import sqrt
 
 import numpy as np
 from scipy.special import gammaln
-from scipy.stats import binom, norm
+from scipy.stats import binom, chi2, norm
 
 CUTS = 64
 
@@ -54,15 +54,15 @@ class Bands:
     def leaving(self, gamma: np.ndarray) -> np.ndarray:
         """Probability that uniform ranks leave the band of each `gamma`, `[S]`."""
         n = np.arange(self.ranks + 1)
+        more, left = n[None] - n[:, None], self.ranks - n
         # log of (N - a)! / ((b - a)! (N - b)!): from a ranks below one cut to b below the next.
-        with np.errstate(invalid="ignore"):
-            ways = np.where(n[None] >= n[:, None], gammaln(self.ranks - n[:, None] + 1) - gammaln(n[None] - n[:, None] + 1) - gammaln(self.ranks - n[None] + 1), -np.inf)
+        ways = np.where(more >= 0, gammaln(left[:, None] + 1) - gammaln(np.maximum(more, 0) + 1) - gammaln(left[None] + 1), -np.inf)
         chance = np.zeros((len(gamma), self.ranks + 1))
         chance[:, 0] = 1.0
         before = 0
         for cut, tails in zip(self.cuts, self._tails, strict=True):
             step = (cut - before) / (self.values - before)
-            moves = np.exp(ways + np.maximum(n[None] - n[:, None], 0) * np.log(step) + (self.ranks - n[None]) * np.log1p(-step))
+            moves = np.exp(ways + np.maximum(more, 0) * np.log(step) + left[None] * np.log1p(-step))
             # A hair wider, so that a count as extreme as gamma itself counts as outside whatever its rounding.
             chance = chance @ moves * (tails[None] > gamma[:, None] * (1 + 1e-9))
             before = cut
@@ -90,6 +90,22 @@ class Bands:
                 low = middle
         inside = self._tails > low
         return inside.argmax(1), self.ranks - inside[:, ::-1].argmax(1)
+
+
+def spread_pvalues(ranks: np.ndarray, values: int) -> np.ndarray:
+    """p-value of each series of ranks `[N, S]` on 0..values-1, `[S]`, against posteriors that are too narrow or too wide.
+
+    X^2 = sum of squared normal scores of the ranks (Cook, Gelman and Rubin 2006), referred to the scaled chi-squared law of its mean and variance.
+    """
+    score = norm.ppf((np.arange(values) + 0.5) / values) ** 2
+    scale, freedom = score.var() / (2 * score.mean()), 2 * len(ranks) * score.mean() ** 2 / score.var()
+    found = score[ranks].sum(0) / scale
+    return 2 * np.minimum(chi2.cdf(found, freedom), chi2.sf(found, freedom))
+
+
+def uniform_pvalues(ranks: np.ndarray, values: int) -> np.ndarray:
+    """The smaller p-value of the two tests of each series of ranks `[N, S]`, twice: any departure from uniformity, and too narrow or too wide posteriors."""
+    return 2 * np.minimum(Bands(len(ranks), values).pvalues(ranks), spread_pvalues(ranks, values)).clip(max=0.5)
 
 
 def holm(pvalues: np.ndarray) -> np.ndarray:

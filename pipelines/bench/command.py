@@ -24,15 +24,18 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "engines": ("pipelines.bench.gaussian:engines", (), "One process and two workers: Gaussian random effects, G=300, N=50, D=2"),
     "store": ("pipelines.bench.gaussian:large_store", (), "Large cohort simulated"),
     "memory": ("pipelines.bench.gaussian:memory", ("store",), "Out of a store within a budget: G=20,000, N=50, D=8, scales (1, .5, 1)"),
+    "coverage": ("pipelines.bench.coverage:measure", (), "Coverage (%) and rank tests: models simulated from their priors at thousands of groups"),
     "queries": ("pipelines.bench.gaussian:queries", ("store", "memory"), "Lazy queries on that run"),
     "rivals": ("pipelines.bench.rivals:rivals", (), "Seconds to 0.002 nats per latent: Gaussian random effects, N=50, D=8, scales (1, .5, 1)"),
     "flat": ("pipelines.bench.flat:flat", (), "Cost against cardinality: Gaussian random effects out of a store, N=50, D=8, scales (1, .5, 1)"),
 }
 
+LONG = {"coverage"}  # hundreds of fits: measured only when named
+
 
 def wanted(only: list[str] | None) -> list[str]:
     """Steps to run, with those they need, in order."""
-    chosen = set(only or STEPS)
+    chosen = set(only or set(STEPS) - LONG)
     for name in tuple(chosen):
         chosen |= set(STEPS[name][1])
     return [name for name in STEPS if name in chosen]
@@ -54,6 +57,7 @@ def measure_apart(name: str, job: Job) -> dict[str, Any]:
     command += ["--results", str(job.results)]
     command += ["--limit", str(job.limit)] if job.limit else []
     command += ["--groups", *map(str, job.groups)] if job.groups else []
+    command += [] if job.runs is None else ["--runs", str(job.runs)]
     before, watch = machine(), Watch()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     record: dict[str, Any] = {"wall_seconds": watch.seconds, "before": before, "after": machine()}
@@ -98,6 +102,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals and flat, instead of those asked for")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals, or a fit of flat, after so long")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, metavar="N", help="simulations of each model of `coverage`")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     return parser
 
@@ -106,7 +111,7 @@ def main() -> None:
     """Measure what was asked for; exit code 1 if a measurement failed."""
     args = options().parse_args()
     if args.step:
-        measure_here(args.step, Job(args.work, args.shared, args.results, tuple(args.groups), args.limit), args.out)
+        measure_here(args.step, Job(args.work, args.shared, args.results, tuple(args.groups), args.limit, args.runs), args.out)
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     names = wanted(args.only)
@@ -117,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pavi-bench-") as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        job = Job(work.absolute(), args.shared.absolute(), args.out.parent.absolute(), tuple(args.groups), args.limit)
+        job = Job(work.absolute(), args.shared.absolute(), args.out.parent.absolute(), tuple(args.groups), args.limit, args.runs)
         for name in names:
             missing = [need for need in STEPS[name][1] if "error" in records[need]]
             if missing:

@@ -23,6 +23,7 @@ class Job:
         results: Folder of what is kept beside the figures: curves and pictures.
         groups: Cohort sizes where those are a choice; empty for a measurement's own.
         limit: Seconds after which a contestant or a fit is stopped; None lets it run.
+        runs: Simulations of each model, where a measurement simulates; None for its own number.
     """
 
     work: Path
@@ -30,6 +31,7 @@ class Job:
     results: Path
     groups: tuple[int, ...] = ()
     limit: float | None = None
+    runs: int | None = None
 
 
 @dataclass

@@ -190,3 +190,27 @@ def test_a_signal_leaves_a_run_that_resumes(tmp_path, helpers, number):
     resumed = command(tmp_path, "resume", "study.yaml")
     assert resumed.returncode == 0, resumed.stderr
     assert "status: ok" in resumed.stdout
+
+
+def test_check_sbc_prints_a_table_keeps_it_and_exits_4_if_it_fails(folder, run):
+    code, out, _ = run("check", "study.yaml", "--sbc", "--runs", "3", "--sizes", "group=3")
+    assert code == 0
+    assert all(word in out for word in ("p-value", "50 % covers", "90 % covers", "mu", "sigma", "theta", "3 simulations"))
+    (path,) = (folder / "runs/toy/sbc").iterdir()
+    kept = ps.SBC.open(path).to_dataset()
+    # What is finished is taken up again: let it be finished and wrong.
+    ranks = np.repeat(kept["rank"].values[:1] * 0, 40, axis=0)
+    wrong = kept.drop_dims("simulation").assign(rank=(("simulation", "quantity"), ranks), status=("simulation", ["ok"] * 40))
+    ps.SBC.from_dataset(wrong).save(path)
+    code, out, _ = run("check", "study.yaml", "--sbc", "--runs", "40", "--sizes", "group=3")
+    assert code == 4
+    assert "not calibrated" in out
+    # A fit into that folder is none the worse for it.
+    assert run("fit", "study.yaml")[0] == 0
+
+
+@pytest.mark.parametrize("sizes", ["group", "group=x", "obs=3", "group=0"])
+def test_wrong_sizes_of_a_calibration(folder, run, sizes):
+    code, _, err = run("check", "study.yaml", "--sbc", "--sizes", sizes)
+    assert code == 2
+    assert "size" in err or "plate" in err
