@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pavi_scale.calibration.predictive import Predictive, predictive_check
 from pavi_scale.calibration.truth import Calibration, calibrate
 from pavi_scale.durable import disk_errors
 from pavi_scale.posterior.posterior import Posterior
@@ -50,6 +51,10 @@ def report(posterior: Posterior, folder: str | Path | None = None, truth: Any = 
     if calibration is not None and calibration.ranks:
         drawn["Calibration"] = plot_calibration(calibration)
         sections.append(("Coverage of the truth", _coverage(calibration)))
+    checks = predictive_check(posterior)
+    if checks:
+        drawn["Predictive check"] = plot_predictive(checks)
+        sections.append(("Observed and replicated", _predictive(checks)))
     drawn |= dict(figures or {})
     sections.append(("Global variables", _globals(posterior)))
     sections.append(("Diagnostics by unit", _khat(posterior)))
@@ -96,6 +101,32 @@ def plot_calibration(calibration: Calibration, figure: Figure | None = None) -> 
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
+
+
+def plot_predictive(checks: Mapping[str, Predictive], figure: Figure | None = None) -> Figure:
+    """Distribution of the observed values over those of replicates, a panel for each observed variable."""
+    columns = min(3, len(checks))
+    rows = -(-len(checks) // columns)
+    figure = figure or Figure(figsize=(max(4.5, 3.2 * columns), 3 * rows), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for (name, check), axes in zip(checks.items(), panels, strict=False):
+        share = (np.arange(check.observed.size) + 1) / check.observed.size
+        # A heavy tail of a replicate or two would leave the rest without a picture.
+        low, high = np.quantile(np.append(check.replicated.ravel(), check.observed), [0.001, 0.999])
+        for again in check.replicated[:40]:
+            axes.plot(np.sort(again), share, color="0.75", lw=0.5, drawstyle="steps-post")
+        axes.plot(np.sort(check.observed), share, color="C0", lw=1.5, drawstyle="steps-post")
+        margin = 0.03 * (high - low) + 1e-9
+        axes.set(title=name, xlabel="value", xlim=(low - margin, high + margin), ylim=(0, 1))
+    for axes in panels[len(checks) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("share of values below")
+    return figure
+
+
+def _predictive(checks: Mapping[str, Predictive]) -> str:
+    legend = "<p>Replicated: median and 90 % interval over draws of the same units; p: Bayesian p-value, near 0 or 1 where the model misses the data.</p>"
+    return legend + "".join(f"<h3>{html.escape(name)} ({check.observed.size:,} values)</h3>{_table(check.table())}" for name, check in checks.items())
 
 
 def _coverage(calibration: Calibration) -> str:

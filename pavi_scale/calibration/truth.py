@@ -48,7 +48,7 @@ def calibrate(posterior: Posterior, truth: Any, draws: int = 100, values: int = 
     for v in posterior.model.latents:
         if v.name not in truth or dict(truth[v.name].sizes) != {d: group.sizes[d] for d in (*v.plates, *v.dims)}:
             continue
-        units = _choose(rng, {p: group.sizes[p] for p in v.plates}, values // max(1, prod(group.sizes[d] for d in v.dims)))
+        units = choose(rng, {p: group.sizes[p] for p in v.plates}, values // max(1, prod(group.sizes[d] for d in v.dims)))
         true = truth[v.name].transpose(*v.plates, *v.dims).isel(units).values
         drawn = group[v.name].isel(units | {"draw": slice(draws)}).values[0]
         # A value between two draws stands in the middle of its gap: ranks never touch 0 or 1.
@@ -56,7 +56,7 @@ def calibrate(posterior: Posterior, truth: Any, draws: int = 100, values: int = 
     return Calibration(ranks)
 
 
-def _choose(rng: np.random.Generator, sizes: dict[str, int], most: int) -> dict[str, np.ndarray]:
+def choose(rng: np.random.Generator, sizes: dict[str, int], most: int) -> dict[str, np.ndarray]:
     """Random sorted positions of each plate, at most about `most` combinations; the largest plates are thinned first."""
     kept = dict(sizes)
     for plate in sorted(sizes, key=lambda p: -sizes[p]):

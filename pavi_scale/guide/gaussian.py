@@ -21,6 +21,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component
 
 Pair = tuple[str, str]
+_DIGITS = 1e3  # roundings that a precision must be larger than
 
 
 def factorise(precision: Tensor) -> Tensor:
@@ -92,6 +93,7 @@ class Tree:
         factor: Cholesky factor of each eliminated block, `[K, n, C, e, e]`.
         gain: (fine, coarse) -> H_jj^-1 H_ji, `[K, n_j, C, e_j, e_i]`.
         step: Newton step H^-1 g of each block, `[K, n, C, e]`.
+        lost: Whether elimination lost all digits of a unit's precision, `[K]`: what a scale next to nothing of a finer block does.
     """
 
     component: Component
@@ -99,6 +101,7 @@ class Tree:
     factor: dict[str, Tensor]
     gain: dict[Pair, Tensor]
     step: dict[str, Tensor]
+    lost: Tensor
 
     def conditional(self, name: str, mode: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """Location of a block given the sampled coarser ones, `[K, n, C, e]`."""
@@ -122,8 +125,12 @@ def eliminate(component: Component, index: Mapping[Pair, Tensor | None], precisi
     factor: dict[str, Tensor] = {}
     gain: dict[Pair, Tensor] = {}
     inner: dict[str, Tensor] = {}
+    lost = torch.zeros(max(len(t) for t in g.values()), dtype=torch.bool)
     for block in reversed(component.blocks):
         j = block.name
+        # H_jj less what its finer blocks took: of a positive definite matrix, more than rounding is left (Higham 2002, section 10.1).
+        left, whole = (t[j, j].detach().diagonal(dim1=-2, dim2=-1) for t in (h, precision))
+        lost = lost | (left <= _DIGITS * torch.finfo(left.dtype).eps * whole).flatten(1).any(1)
         factor[j] = factorise(h[j, j])
         inner[j] = solve(factor[j], g[j][..., None])[..., 0]
         above = component.couplings[j]
@@ -144,7 +151,7 @@ def eliminate(component: Component, index: Mapping[Pair, Tensor | None], precisi
         step[j] = inner[j]
         for i in component.couplings[j]:
             step[j] = step[j] - (gain[j, i] @ _take(step[i], index[j, i])[..., None])[..., 0]
-    return Tree(component, index, factor, gain, step)
+    return Tree(component, index, factor, gain, step, lost)
 
 
 @dataclass

@@ -39,7 +39,10 @@ class Core:
             for block in local.component.blocks:
                 term = 0.5 * block.dim * math.log(2 * math.pi) - log_det(gaussian.factor[block.name])
                 units = units + local.to_top(term, block.plates)
-            return (units * weights).sum(1)
+            total = (units * weights).sum(1)
+            # Without digits the value is anything, and one huge value would take all the weight of the refit. Curvatures of other laws may be
+            # indefinite for good reasons.
+            return torch.where(gaussian.lost, -math.inf, total) if local.component.quadratic else total
         count = sum(z[0].numel() for z in self.mode.values())
         return (units * weights).sum(1) + 0.5 * count * math.log(2 * math.pi) - log_det(gaussian.factor)
 

@@ -15,13 +15,14 @@ from xarray.core import indexing
 
 from pavi_scale.errors import RunError
 from pavi_scale.posterior.integrity import verify
+from pavi_scale.posterior.predictive import LogLikelihoods, Replicates
 from pavi_scale.posterior.sampler import DRAWS, Context, Latent, Sampler, fetch
 from pavi_scale.posterior.store import MOMENTS, NAME, settle
 from pavi_scale.run import Run
 
 STORED = (*MOMENTS, "fit", "diagnostics")
-DERIVED = ("posterior", "observed_data", "constant_data")
-GROUPS = ("posterior", *MOMENTS, "observed_data", "constant_data", "fit", "diagnostics")
+DERIVED = ("posterior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data")
+GROUPS = ("posterior", *MOMENTS, "posterior_predictive", "log_likelihood", "observed_data", "constant_data", "fit", "diagnostics")
 _BLOCK_BYTES = 1 << 26  # preferred chunk of lazy draws
 
 
@@ -60,13 +61,13 @@ class LazyDraws(BackendArray):
         return dict(zip(("chain", "draw", *self.latent.axes), lengths, strict=True))
 
 
-def posterior_group(context: Context, draws: int) -> xr.Dataset:
-    """Lazy draws of every latent."""
+def lazy_group(context: Context, sampler: Sampler, latents: Sequence[Latent], draws: int) -> xr.Dataset:
+    """Lazy draws of variables."""
     variables = {}
-    for v in context.latents:
-        array = LazyDraws(context.sampler, v, draws)
+    for v in latents:
+        array = LazyDraws(sampler, v, draws)
         variables[v.name] = xr.Variable(("chain", "draw", *v.axes), indexing.LazilyIndexedArray(array), encoding={"preferred_chunks": array.preferred_chunks()})
-    coords = {"chain": np.arange(1), "draw": np.arange(draws), **context.coords(context.dims)}
+    coords = {"chain": np.arange(1), "draw": np.arange(draws), **context.coords([d for v in latents for d in v.axes])}
     return xr.Dataset(variables, coords={d: (d, values) for d, values in coords.items()}, attrs={"inference_library": "pavi_scale"})
 
 
@@ -151,7 +152,10 @@ def stored_groups(run: Run) -> dict[str, xr.Dataset]:
 def derived_group(context: Context, group: str, draws: int) -> xr.Dataset:
     """One of the groups that are computed or viewed, not stored."""
     if group == "posterior":
-        return posterior_group(context, draws)
+        return lazy_group(context, context.sampler, context.latents, draws)
+    if group in ("posterior_predictive", "log_likelihood"):
+        sampler = (Replicates if group == "posterior_predictive" else LogLikelihoods)(context, context.sampler.seed)
+        return lazy_group(context, sampler, sampler.variables(), draws)
     return observed_group(context) if group == "observed_data" else constant_group(context)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,8 @@ import xarray as xr
 from pavi_scale.errors import InputError, RunError
 from pavi_scale.memory import format_bytes
 from pavi_scale.posterior.groups import all_groups, stored_group
-from pavi_scale.posterior.sampler import Context, Sampler, fetch, load
+from pavi_scale.posterior.predictive import Replicates
+from pavi_scale.posterior.sampler import Context, Latent, Sampler, fetch, load
 from pavi_scale.run import Run
 
 
@@ -77,13 +79,6 @@ class Posterior:
             raise InputError("the seed must be a non-negative integer", where="seed", got=repr(seed))
         return self._context.sampler if seed == 0 else self._context.sampler.with_seed(int(seed))
 
-    @cached_property
-    def _positions(self) -> xr.Dataset:
-        """Every plate and event dimension's positions, under its labels: what selections are resolved on."""
-        dims = self._context.dims
-        coords = {d: (d, labels) for d, labels in self._context.coords(dims).items()}
-        return xr.Dataset({f"position of {d}": (d, np.arange(self._context.size(d))) for d in dims}, coords=coords)
-
     def sample(self, draws: int, seed: int = 0, **sel: Any) -> xr.Dataset:
         """Draws of a selection, in memory, dims (draw, *plates, *dims).
 
@@ -97,24 +92,47 @@ class Posterior:
         Raises:
             InputError: Unknown dimension or label, or `draws` is no positive integer.
         """
+        return self._drawn("sample", self._sampler(seed), self._context.latents, draws, seed, sel)
+
+    def predict(self, draws: int = 100, seed: int = 0, **sel: Any) -> xr.Dataset:
+        """Replicated observed variables of a selection, in memory, dims (draw, *plates, *dims): what the model expects to see again.
+
+        Each replicate is drawn from the observed variable's law at one draw of the latents. Replicate d of seed 0 is draw d of the lazy group
+        `posterior_predictive`.
+
+        Args:
+            draws: Number of replicates.
+            seed: Stream of draws.
+            **sel: As for `sample`, of the observed variables' plates and event dimensions.
+
+        Raises:
+            InputError: As for `sample`.
+        """
+        self._sampler(seed)
+        replicates = Replicates(self._context, int(seed))
+        return self._drawn("predict", replicates, replicates.variables(), draws, seed, sel)
+
+    def _drawn(self, what: str, sampler: Sampler, latents: Sequence[Latent], draws: int, seed: int, sel: Mapping[str, Any]) -> xr.Dataset:
         if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
-            raise InputError("the number of draws must be a positive integer", where="sample", got=repr(draws))
-        if unknown := set(sel) - set(map(str, self._positions.dims)):
-            raise InputError(
-                "unknown dimension in a selection", where="sample", expected=f"among {sorted(map(str, self._positions.dims))}", got=sorted(unknown)
-            )
+            raise InputError("the number of draws must be a positive integer", where=what, got=repr(draws))
+        dims = dict.fromkeys(d for v in latents for d in v.axes)
+        # Positions under their labels: what selections are resolved on.
+        positions = xr.Dataset(
+            {f"position of {d}": (d, np.arange(self._context.size(d))) for d in dims}, {d: (d, x) for d, x in self._context.coords(list(dims)).items()}
+        )
+        if unknown := set(sel) - set(dims):
+            raise InputError("unknown dimension in a selection", where=what, expected=f"among {sorted(dims)}", got=sorted(unknown))
         try:
-            chosen = self._positions.sel(sel)
+            chosen = positions.sel(sel)
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise InputError(
-                "the selection cannot be resolved", where="sample", expected="labels of the dimensions (positions where there are none)", got=f"{sel}: {error}"
+                "the selection cannot be resolved", where=what, expected="labels of the dimensions (positions where there are none)", got=f"{sel}: {error}"
             ) from error
         scalar = {d for d in sel if chosen[f"position of {d}"].ndim == 0}
         if deep := [d for d in sel if chosen[f"position of {d}"].ndim > 1]:
-            raise InputError("a selection must be a label, a list or a slice", where=f"sample, {deep[0]!r}", got="an array of several dimensions")
+            raise InputError("a selection must be a label, a list or a slice", where=f"{what}, {deep[0]!r}", got="an array of several dimensions")
         picks = {d: np.atleast_1d(chosen[f"position of {d}"].values) for d in sel}
-        latents = self._context.latents
-        values = fetch(self._sampler(seed), latents, np.arange(draws), picks)
+        values = fetch(sampler, latents, np.arange(draws), picks)
         data = {}
         for v in latents:
             kept = [d for d in v.axes if d not in scalar]

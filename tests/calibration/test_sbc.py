@@ -106,7 +106,8 @@ def test_goes_on_where_it_was_interrupted(tmp_path):
 
 
 def test_another_study_has_another_file(tmp_path):
-    for change in ({}, {"seed": 1}, {"draws": 99}, {"given": given.assign(w=given["w"] + 1)}, {"units": 1}, {"given": given.assign(x=given["w"].where(given["w"] > 0))}):
+    moved, holed = given.assign(w=given["w"] + 1), given.assign(x=given["w"].where(given["w"] > 0))
+    for change in ({}, {"seed": 1}, {"draws": 99}, {"given": moved}, {"units": 1}, {"given": holed}):
         ps.sbc(model, **{**small, **change}, runs=1, run=tmp_path)
     assert len(list((tmp_path / "sbc").iterdir())) == 6
 

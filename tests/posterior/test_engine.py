@@ -30,7 +30,9 @@ def whole() -> dict[str, np.ndarray]:
 
 def test_groups_and_dims(posterior: Posterior, whole: dict[str, np.ndarray]) -> None:
     tree = posterior.datatree
-    assert list(tree.children) == ["posterior", "posterior_mean", "posterior_sd", "observed_data", "constant_data", "fit", "diagnostics"]
+    assert list(tree.children) == [
+        "posterior", "posterior_mean", "posterior_sd", "posterior_predictive", "log_likelihood", "observed_data", "constant_data", "fit", "diagnostics",
+    ]  # fmt: skip
     draws = tree["posterior"].dataset
     assert draws["logits"].dims == ("chain", "draw", "subject", "vertex", "network")
     assert draws.sizes["chain"] == 1
@@ -197,7 +199,7 @@ def test_a_run_without_stored_posterior_still_samples(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run")
     posterior = Posterior(run, toy.context())
     assert posterior.status == "unconverged"
-    assert list(posterior.datatree.children) == ["posterior", "observed_data", "constant_data"]
+    assert list(posterior.datatree.children) == ["posterior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"]
     assert posterior.datatree["posterior"].sizes["draw"] == 1000
     with pytest.raises(RunError, match="no stored posterior"):
         posterior.diagnostics  # noqa: B018

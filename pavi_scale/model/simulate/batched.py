@@ -129,6 +129,23 @@ def draw(v: VariableLike, parents: Mapping[str, tuple[Tensor, tuple[int, ...]]],
         return _one_by_one(v, v.law, values, axes, tuple(sizes), shape)
 
 
+def captured(
+    v: VariableLike, parents: Mapping[str, tuple[Tensor, tuple[int, ...]]], sizes: Sequence[int], shape: tuple[int, ...]
+) -> Distribution | None:
+    """The law of `sizes` ground units at once, its batch shape led by `sizes`; None where it cannot be captured. Arguments as for `draw`."""
+    if v.law is None:
+        raise ModelError("variable has no law", where=f"variable {v.name!r}")
+    with unvalidated(), Promote():
+        try:
+            law = _capture(v, v.law, [parents[p][0] for p in v.parents], [parents[p][1] for p in v.parents], len(sizes), shape)
+            full = (*sizes, *shape)
+            return law.expand(torch.Size(full[: len(full) - len(law.event_shape)]))
+        except ModelError:
+            raise
+        except (_Opaque, *LAW_ERRORS):
+            return None
+
+
 def _one_by_one(v: VariableLike, law_of: Law, values: list[Tensor], axes: list[tuple[int, ...]], sizes: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     out: list[Tensor] = []
     for unit in np.ndindex(*sizes):
