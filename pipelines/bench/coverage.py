@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -18,6 +18,8 @@ DRAWS = 255
 UNITS = 200  # local units looked at in each run, of each latent; SBC tests the first few
 TESTED = 3
 RUNS = 50
+
+Run = tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]  # ranks by latent, those of half the variance, facts of the fit
 
 
 def _within(child: str, parent: str, index: np.ndarray) -> dict[str, Any]:
@@ -105,7 +107,7 @@ MODELS: dict[str, tuple[Callable[[int], tuple[ps.Model, xr.Dataset]], int]] = {
 }  # fmt: skip
 
 
-def one_run(model: ps.Model, given: xr.Dataset, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+def one_run(model: ps.Model, given: xr.Dataset, sizes: Mapping[str, int], seed: int) -> Run:
     """Fit one simulated cohort: ranks of truths by latent, those among draws of half the variance, and facts of the fit."""
     cohort = model.sample(sizes, given, seed)
     facts: dict[str, Any] = {}
@@ -148,14 +150,27 @@ def pooled(found: ps.SBC, names: list[str]) -> str:
     return ", ".join(shown)
 
 
-def study(name: str, runs: int, groups: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Row and details of one model."""
+def sizes_of(name: str, model: ps.Model, given: xr.Dataset, groups: int) -> dict[str, int]:
+    """Cardinality of every plate."""
+    tops = {next(iter(model.plates)): groups} | ({"lecturer": _lecturers(groups)} if name == "crossed" else {})
+    return {str(p): n for p, n in given.sizes.items()} | tops
+
+
+def simulations(name: str, runs: int, groups: int | None = None) -> Iterator[Run]:
+    """One model's runs, one after another."""
+    make, default = MODELS[name]
+    model, given = make(groups or default)
+    sizes = sizes_of(name, model, given, groups or default)
+    for seed in range(runs):
+        yield one_run(model, given, sizes, 1000 + seed)
+
+
+def summarise(name: str, done: list[Run], groups: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Row and details of one model's runs."""
     make, default = MODELS[name]
     groups = groups or default
     model, given = make(groups)
-    sizes = {next(iter(model.plates)): groups} | ({"lecturer": _lecturers(groups)} if name == "crossed" else {})
-    sizes = {str(p): n for p, n in given.sizes.items()} | sizes
-    done = [one_run(model, given, sizes, 1000 + seed) for seed in range(runs)]
+    sizes = sizes_of(name, model, given, groups)
     ranks, halved, facts = ([part[i] for part in done] for i in range(3))
     statuses = [f["status"] for f in facts]
     tests, power = (sbc_of(which, statuses, model, TESTED) for which in (ranks, halved))
@@ -163,7 +178,7 @@ def study(name: str, runs: int, groups: int | None = None) -> tuple[dict[str, An
     roots, plated = [v.name for v in model.latents if not v.plates], [v.name for v in model.latents if v.plates]
     times = [f["fit"] for f in facts]
     row = {
-        "model": name, "groups": groups, "latents": sum(prod(sizes[p] for p in v.plates) for v in model.latents), "runs": runs, "ok": statuses.count("ok"),
+        "model": name, "groups": groups, "latents": sum(prod(sizes[p] for p in v.plates) for v in model.latents), "runs": len(done), "ok": statuses.count("ok"),
         "globals 50, 90 %": pooled(wide, roots), "locals 50, 90 %": pooled(wide, plated),
         "smallest p": float(tests.pvalues.min()), "of": str(tests.pvalues.idxmin()), "calibrated": tests.calibrated(),
         "p, half variance": float(power.pvalues.min()), "fit s, median": float(np.median(times)), "most": max(times),
@@ -180,6 +195,6 @@ def measure(job: Job) -> Found:
         "half variance: the same fits, their draws pulled to their mean until the variance is halved; the tests should refuse it",
     ])
     for name in MODELS:
-        row, found.details[name] = study(name, job.runs or RUNS)
+        row, found.details[name] = summarise(name, list(simulations(name, job.runs or RUNS)))
         found.rows.append(row)
     return found
