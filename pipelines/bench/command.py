@@ -99,7 +99,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), metavar="DIR", help="folder of the real tables and references (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.json"), metavar="FILE.json", help="where the figures go (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder for stores and runs, kept; a temporary one unless given")
-    parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals and flat, instead of those asked for")
+    parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals, flat and coverage, instead of their own")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals, or a fit of flat, after so long")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, metavar="N", help="simulations of each model of `coverage`")

@@ -194,7 +194,8 @@ def measure(job: Job) -> Found:
         "intervals in brackets: 95 % confidence, by the effective number of trials; p: smallest of the rank tests, adjusted for their number",
         "half variance: the same fits, their draws pulled to their mean until the variance is halved; the tests should refuse it",
     ])
-    for name in MODELS:
-        row, found.details[name] = summarise(name, list(simulations(name, job.runs or RUNS)))
-        found.rows.append(row)
+    for name, (_, own) in MODELS.items():
+        for groups in job.groups or (own,):
+            row, found.details[f"{name}, {groups}"] = summarise(name, list(simulations(name, job.runs or RUNS, groups)), groups)
+            found.rows.append(row)
     return found
