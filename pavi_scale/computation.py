@@ -25,6 +25,7 @@ from pavi_scale.guide.curvature import LocalModel, absorbable
 from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
+from pavi_scale.guide.mode import explore
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.holding import Holding, Key
 from pavi_scale.memory import keep_freed_memory, release_freed_memory
@@ -40,6 +41,7 @@ from pavi_scale.settings import Settings, make_graph, precision
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
 TIDY_EVERY = 32  # tasks: the pages given back must be zeroed again when they are used
+ATTEMPTS = 16  # searches for the best local mode
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,9 @@ class StudyComputation:
         return reduced.absorbed[key]  # type: ignore[no-any-return]
 
     def draws_per_unit(self, state: Arrays) -> int:
-        """Candidates of one draw: fewer where a trained correction brings them close, and costs more."""
+        """Candidates of one draw: fewer where those at hand are close to the posterior, or where a trained correction brings them close."""
         trained = any(k.startswith("correction/") for k in state)
-        return min(self.guide.candidates, FEW_CANDIDATES) if trained else self.guide.candidates
+        return min(self.guide.candidates, FEW_CANDIDATES if trained else int(state.get("draws", self.guide.candidates)))
 
     def prior_rows(self, block: Block, root: np.ndarray, count: int, seed: int) -> np.ndarray:
         """Initial free rows `[count, 2 d]`: near the conditional prior mean at a root point, with unit precision."""
@@ -203,10 +205,15 @@ class StudyComputation:
 
     def weights(self, state: Arrays, reduced: Reduced) -> Weights:
         """All weights of a state, for the units of a reduced model."""
+        self.search_from(state, reduced)
         sites = {b: tuple(t.chunk(2, -1)) for b, t in self.rows(state, reduced.selection, "site").items()}
         loc = torch.tensor(state.get("root/loc", np.zeros(0)), dtype=self.dtype)
         raw = torch.tensor(state.get("root/raw", np.zeros((0, 0))), dtype=self.dtype)
         return Weights(loc, raw, sites, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))  # type: ignore[arg-type]
+
+    def search_from(self, state: Arrays, reduced: Reduced) -> None:
+        """Have the searches on a reduced model start from the modes that a state remembers, too."""
+        reduced.starts = self.rows(state, reduced.selection, "start")
 
     # -- tasks ------------------------------------------------------------------------------------------------------------------
 
@@ -224,16 +231,15 @@ class StudyComputation:
         """sum_n L_n(root_k) of a shard at `state["points"]` `[K, R]`, with gradients if the task asks for them."""
         reduced, shard = self.shard(task)
         points, gradient, samples = state["points"], bool(task.get("gradient")), self.draws_per_unit(state) if task.get("weighted") else 0
-        weights = Weights(torch.zeros(0), torch.zeros(0, 0), {}, self.rows(state, reduced.selection, "residual"), self.corrections(state, reduced))
-        corrections = correctors(weights, reduced)
-        size = self.per_chunk(reduced) // max(1, samples) or 1
+        corrections = correctors(self.weights(state, reduced), reduced)
+        size = self.per_chunk(reduced)
         bounds, grads = [], []
         for start in range(0, len(points), size):
             z = torch.tensor(points[start : start + size], dtype=self.dtype, requires_grad=gradient)
-            noise = shared_noise(stream(int(task.get("seed", 0)), "bound", shard.start), len(z), self.dtype)
+            noise = shared_noise(stream(int(task.get("seed", 0)), "bound", shard.start), self.dtype)
             value = self.guide.local_bound(
                 reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, differentiable=gradient,
-                samples=0 if gradient else samples, noise=noise, corrections=corrections,
+                samples=0 if gradient else samples, noise=noise, corrections=corrections, together=max(1, size // max(1, samples)),
             )
             bounds.append(value.detach().to(torch.float64).numpy())
             if gradient:
@@ -244,6 +250,25 @@ class StudyComputation:
                     grads.append(np.zeros(z.shape))
         out = {"bound": np.concatenate(bounds)}
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
+
+    def task_starts(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The best local modes of several searches at one root point, `state["points"]` `[1, R]`: `start/<block>` `[n, d]`, `at/<block>` `[n]`.
+
+        `missed/<component>` `[n_top]` is the share of each unit's posterior that its other modes hold.
+        """
+        reduced, shard = self.shard(task)
+        root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
+        noise = generator_noise(stream(int(task["seed"]), "starts", shard.start), self.dtype)
+        out: dict[str, np.ndarray] = {}
+        for component in self.guide.components:
+            if not component.remembered or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
+                continue
+            found, missed = explore(LocalModel(component, reduced, root, {}, 1), noise, ATTEMPTS if component.tree else 0)
+            out[f"missed/{component.name}"] = missed.to(torch.float64).numpy()
+            for block in component.blocks:
+                out[f"start/{block.name}"] = found[block.name][0].flatten(1).to(torch.float64).numpy()
+                out[f"at/{block.name}"] = flat_positions(self.layout, reduced.selection, block)
+        return out
 
     def task_ratios(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """log p - log q of M draws per unit of each finest block at one root point: `ratio/<block>` `[M, n]`, `units/<block>/<plate>`.
@@ -274,6 +299,7 @@ class StudyComputation:
         corrections = self.corrections(state, reduced)
         if corrections is None:
             raise NumericalError("no corrections to train")
+        self.search_from(state, reduced)
         residuals = self.rows(state, selection, "residual", grad=True)
         weights = Weights(torch.zeros(0), torch.zeros(0, 0), {}, residuals, corrections)
         root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
@@ -317,7 +343,7 @@ class StudyComputation:
         reduced, shard = self.shard(task)
         weights = self.weights(state, reduced)
         corrections = correctors(weights, reduced)
-        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates))
+        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "elbo", shard.start), self.dtype)
         parts = []
         with torch.no_grad():
@@ -343,7 +369,7 @@ class StudyComputation:
         with the positions of ragged units as `units/<plate>`.
         """
         reduced, shard = self.shard(task)
-        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.guide.candidates))
+        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
         with torch.no_grad():
@@ -400,11 +426,10 @@ def generator_noise(seed: int, dtype: torch.dtype) -> Any:
     return lambda block, shape: torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def shared_noise(seed: int, particles: int, dtype: torch.dtype) -> Any:
-    """The same normals for every root point (common random numbers): differences between points keep less noise."""
+def shared_noise(seed: int, dtype: torch.dtype) -> Any:
+    """The same normals whenever they are asked for: differences between root points keep less noise."""
     def noise(block: Block, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(stream(seed, block.name) % 2**63)
-        own = torch.randn((shape[0] // particles, *shape[1:]), generator=generator, dtype=dtype)
-        return own.repeat(particles, *([1] * (len(shape) - 1)))
+        return torch.randn(shape, generator=generator, dtype=dtype)
 
     return noise

@@ -15,6 +15,7 @@ from pavi_scale.server.protocol import Engine
 SAMPLES = 128  # draws per unit: a tail of 26
 LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
 EFFICIENT = 0.3  # relative effective sample size that makes a high k-hat harmless
+EFFECTIVE = 10.0  # candidates of a unit that should carry its weight
 UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
 PROBED = 2_000
 Table = tuple[tuple[str, ...], np.ndarray | float]  # dimensions and values
@@ -40,6 +41,8 @@ def diagnose(
     if any(c.finest for c in guide.components):
         weight = state["pool/weight"]
         point = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), 0.5).clip(0, len(weight) - 1))]]
+        # A draw is one of several candidates: it is good enough if some of them carry the weight.
+        enough = min(EFFICIENT, EFFECTIVE / max(1, computation.draws_per_unit(state)))
         for task in few(computation, tasks):
             (answer,) = engine.round("ratios", {**state, "points": point}, [{**task, "samples": SAMPLES, "seed": seed}])
             for key, ratios in answer.items():
@@ -48,7 +51,7 @@ def diagnose(
                     at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
                     tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
                     w = np.exp(ratios - ratios.max(0))
-                    poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < EFFICIENT * len(w) * (w * w).sum(0)))
+                    poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < enough * len(w) * (w * w).sum(0)))
     root = facts.get("khat_root")
     found: dict[str, Table] = {n: (plates[n], v) for n, v in tables.items()}
     found["khat_root"] = (), float("nan") if root is None else float(np.clip(root, -1.0, 10.0))

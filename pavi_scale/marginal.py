@@ -25,6 +25,8 @@ from pavi_scale.rng import stream
 # (points [K, R], with gradient) -> (L [K], gradient [K, R] or None)
 Bound = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
 
+GAIN = 1e-2  # nats of one step below which the search for a mode ends: Newton steps do the rest
+
 
 @dataclass
 class Pool:
@@ -64,7 +66,8 @@ def whitening(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_mode(
-    bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, deadline: float, on_step: Callable[[str, float], None]
+    bound: Bound, draws: np.ndarray, *, starts: int, max_evaluations: int, deadline: float, on_step: Callable[[str, float], None],
+    on_start: Callable[[np.ndarray], None] = lambda point: None, unit: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, float]]:
     """Modes of L by L-BFGS in prior-whitened coordinates.
 
@@ -75,12 +78,14 @@ def find_mode(
         max_evaluations: Budget per start.
         deadline: `time.monotonic()` at which the search ends where it is.
         on_step: Told of each evaluation.
+        on_start: Told of each point that is followed, before it is.
+        unit: Scale of the coordinates, `[R]`, if `draws` are chosen points that do not show it.
 
     Returns:
         (mode `[R]`, L there) of each start, the highest first.
     """
-    loc, scale = whitening(draws)
-    first = np.concatenate([loc[None], draws])
+    loc, scale = whitening(draws) if unit is None else (draws[0], unit)
+    first = np.concatenate([loc[None], draws]) if unit is None else draws
     value, _ = bound(first, False)
     value = np.where(np.isfinite(value), value, -np.inf)
     if not np.isfinite(value).any():
@@ -103,33 +108,42 @@ def find_mode(
             raise StopIteration
 
     found: list[tuple[np.ndarray, float]] = []
-    for i in np.argsort(-value, kind="stable")[:starts]:
+    for i in spread_out((first - loc) / scale, value, starts):
         if not np.isfinite(value[i]) or (found and time.monotonic() > deadline):
             continue
+        on_start(first[i])
         result = minimize(
             objective,
             (first[i] - loc) / scale,
             jac=True,
             method="L-BFGS-B",
             callback=in_time,
-            options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 1e-11, "gtol": 1e-5},
+            options={"maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": GAIN / max(1.0, abs(value[i])), "gtol": 1e-5, "maxls": 6},
         )
         found.append((loc + scale * result.x, -float(result.fun)))
     return sorted(found, key=lambda f: -f[1])
 
 
-def other_modes(found: list[tuple[np.ndarray, float]], cov: np.ndarray) -> int:
-    """Modes of comparable height (within 3 nats) that are neither the first one nor a relabelling of it.
+def spread_out(points: np.ndarray, value: np.ndarray, count: int) -> list[int]:
+    """Positions of the highest point and of others among the highest eighth that lie far from those chosen, so that no mode is overlooked for being near none."""
+    order = list(np.argsort(-value, kind="stable")[: max(count, len(points) // 8)])
+    chosen = [int(order.pop(0))]
+    while order and len(chosen) < count:
+        near = [min(float(np.square(points[i] - points[c]).sum()) for c in chosen) for i in order]
+        chosen.append(int(order.pop(int(np.argmax(near)))))
+    return chosen
 
-    Relabelled components of a mixture have the same coordinates in another order.
+
+def other_modes(found: list[tuple[np.ndarray, float]], cov: np.ndarray, renumbered: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> int:
+    """Modes of comparable height (within 3 nats) that are neither the first one nor a renumbering of it.
+
+    Args:
+        found: Modes and their heights, the highest first.
+        cov: Covariance at the first.
+        renumbered: (mode, sd) -> the mode with exchangeable rows in the order nearest the first one's.
     """
     (first, value), sd = found[0], np.sqrt(np.diagonal(cov))
-    distinct = 0
-    for mode, height in found[1:]:
-        away = np.abs(mode - first).max(initial=0.0, where=np.ones(len(mode), bool)) > 6 * sd.max(initial=0.0)
-        relabelled = np.abs(np.sort(mode) - np.sort(first)).max(initial=0.0) < 2 * sd.max(initial=0.0)
-        distinct += bool(value - height < 3.0 and away and not relabelled)
-    return distinct
+    return sum(value - height < 3.0 and bool((np.abs(renumbered(mode, sd) - first) > 6 * sd).any()) for mode, height in found[1:])
 
 
 def curvature(bound: Bound, point: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -99,7 +99,7 @@ class GuideSampler:
             reduced = study.reduced(selection, inputs(study, components))
             weights = study.weights(self.state, reduced)
             corrections = correctors(weights, reduced)
-            size = max(1, study.per_chunk(reduced) // max(1, study.guide.candidates))
+            size = max(1, study.per_chunk(reduced) // max(1, study.draws_per_unit(self.state)))
             for start in range(0, len(draws), size):
                 part = draws[start : start + size]
                 values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))

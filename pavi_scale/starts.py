@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.cluster.vq import ClusterError, kmeans2
+from scipy.optimize import linear_sum_assignment
 
 from pavi_scale.batching import closure, splittable
 from pavi_scale.computation import StudyComputation
@@ -11,7 +12,7 @@ from pavi_scale.guide.blocks import lies_below
 from pavi_scale.rng import stream
 
 SAMPLE = 6_000  # observed vectors that are clustered
-MIXTURE_STARTS = 2
+MIXTURE_STARTS = 4
 CLUSTERINGS = 10
 
 
@@ -24,17 +25,17 @@ def start_points(study: StudyComputation, draws: np.ndarray, seed: int) -> np.nd
     found = [c for c in (centres(study, name, seed) for name in study.space.names) if c is not None]
     if not found:
         return draws[:0]
-    points = np.repeat(np.median(draws, 0)[None], MIXTURE_STARTS, 0)
+    points = np.repeat(np.median(draws, 0)[None], max(len(rows) for _, rows in found), 0)
     for name, rows in found:
         start = sum(s for n, s in zip(study.space.names, study.space.sizes, strict=True) if study.space.names.index(n) < study.space.names.index(name))
-        for i in range(MIXTURE_STARTS):
+        for i in range(len(points)):
             centre = rows[i % len(rows)]
             points[i, start : start + centre.size] = centre.ravel()
     return points
 
 
 def centres(study: StudyComputation, name: str, seed: int) -> tuple[str, list[np.ndarray]] | None:
-    """Centres for one root latent, `MIXTURE_STARTS` sets of `[k, *d]`; None if it does not look like the centres of a mixture."""
+    """Centres for one root latent, at most `MIXTURE_STARTS` sets of `[k, *d]`; None if it does not look like the centres of a mixture."""
     model, graph = study.graph.model, study.graph
     v = model.variables[name]
     if len(v.dims) < 1 or not graph.links[name].identity:
@@ -53,7 +54,7 @@ def centres(study: StudyComputation, name: str, seed: int) -> tuple[str, list[np
 
 
 def clusterings(sample: np.ndarray, k: int, seed: int) -> list[np.ndarray]:
-    """The tightest `MIXTURE_STARTS` of several k-means clusterings of `[m, d]`, each `[k, d]`: single ones often merge two clusters."""
+    """The tightest of several k-means clusterings of `[m, d]`, each `[k, d]`, all different: single ones often merge two clusters."""
     found = []
     for attempt in range(CLUSTERINGS):
         try:
@@ -61,7 +62,35 @@ def clusterings(sample: np.ndarray, k: int, seed: int) -> list[np.ndarray]:
         except ClusterError:
             continue  # a cluster ran empty
         found.append((float(((sample - rows[label]) ** 2).sum()), attempt, rows))
-    return [rows for _, _, rows in sorted(found, key=lambda f: f[:2])[:MIXTURE_STARTS]]
+    found.sort(key=lambda f: f[:2])
+    different = [f for i, f in enumerate(found) if i == 0 or f[0] > found[i - 1][0] * (1 + 1e-6)]
+    return [rows for _, _, rows in different[:MIXTURE_STARTS]]
+
+
+def renumbered(study: StudyComputation, mode: np.ndarray, onto: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """A root point with the rows of its latents put in the order that is nearest another point.
+
+    Latents that share their first event dimension are renumbered together: the components of a mixture are whole rows.
+
+    Args:
+        study: The study.
+        mode: The point, `[R]`.
+        onto: The other, `[R]`.
+        sd: Unit of distance, `[R]`.
+    """
+    rows: dict[str, list[np.ndarray]] = {}  # dimension -> positions `[k, m]` of the coordinates of each latent
+    start = 0
+    for name, size in zip(study.space.names, study.space.sizes, strict=True):
+        v, shape = study.graph.model.variables[name], study.graph.links[name].base_shape
+        if v.dims and shape == study.graph.shape(v):
+            rows.setdefault(v.dims[0], []).append(np.arange(start, start + size).reshape(shape[0], -1))
+        start += size
+    out = mode.copy()
+    for at in (np.concatenate(r, 1) for r in rows.values()):
+        apart = (((mode[at][:, None] - onto[at][None]) / sd[at]) ** 2).sum(-1)
+        mine, theirs = linear_sum_assignment(apart)
+        out[at[theirs]] = mode[at[mine]]
+    return out
 
 
 def _ancestry(study: StudyComputation, name: str) -> set[str]:

@@ -18,7 +18,8 @@ import torch
 from scipy.stats import norm, qmc
 
 from pavi_scale.batching import batches, closure, shards, splittable
-from pavi_scale.computation import StudyComputation, flat_positions
+from pavi_scale.computation import FEW_CANDIDATES, StudyComputation, flat_positions
+from pavi_scale.diagnosing import EFFECTIVE
 from pavi_scale.guide.blocks import coordinates, fan_in
 from pavi_scale.guide.curvature import absorbable
 from pavi_scale.guide.root import StudentT
@@ -28,7 +29,7 @@ from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
-from pavi_scale.starts import start_points
+from pavi_scale.starts import renumbered, start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
@@ -46,7 +47,8 @@ ALIKE = 0.05  # spread of log p - log q below which a normal q(root) is kept: an
 ASCENTS = 8  # gradients of the whole that a mode may take
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
-WORTH_TRAINING = 0.3  # relative effective sample size of candidates below which corrections are trained
+MISSED = 0.25  # mean share of the local posteriors in modes that the guide does not follow, above which a fit counts as multimodal
+REMEMBERED = 1_000_000  # local coordinates up to which modes are kept as starts
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Trainer:
     trace: list[tuple[str, float]] = field(default_factory=list)
     state: dict[str, np.ndarray] = field(default_factory=dict)
     modes: int = 1
+    missed: float = 0.0
     seconds: list[float] = field(default_factory=list)
     history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
 
@@ -153,7 +156,7 @@ class Trainer:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
         pool = refit(
-            lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=1500.0,
+            lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=min(1500.0, max(400.0, limit / 4)),
             max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
         )
         return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
@@ -164,13 +167,17 @@ class Trainer:
         samples: list[Sample | None] = [*stages(self.study, cost, self.seed), None]
         first = samples[0]
         cost = cost if first is None else cost * len(first.units) / first.total
-        starts = np.concatenate([start_points(self.study, draws, self.seed), draws[: 64 if cost < 0.05 else 16]])
+        centres = start_points(self.study, draws, self.seed)
+        starts = centres if len(centres) else draws[: 64 if cost < 0.05 else 16]
+        explore = self._explore if first is None else lambda point: None
         found = find_mode(
             partial(self.bound, sample=first), starts, starts=3 if cost < 0.02 else 2 if cost < 0.2 else 1,
-            max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)), deadline=self.deadline, on_step=self.tell,
+            max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)), deadline=self.deadline, on_step=self.tell, on_start=explore,
+            unit=scale if len(centres) else None,
         )
+        explore(found[0][0])
         mode, cov, converged = polish(partial(self.bound, sample=first), found[0][0], scale, 4)
-        self.modes = 1 + other_modes(found, cov)
+        self.modes = 1 + other_modes(found, cov, lambda other, sd: renumbered(self.study, other, found[0][0], sd)) + (self.missed > MISSED)
         for sample in samples[1:]:
             self.mark(mode, cov)
             if time.monotonic() > self.deadline:
@@ -181,6 +188,20 @@ class Trainer:
                 mode, cov, converged = polish(bound, mode, scale, 4)
         self.mark(mode, cov)
         return mode, cov, converged
+
+    def _explore(self, point: np.ndarray) -> None:
+        """Remember the best local modes at a root point: later searches start there."""
+        layout, remembered = self.study.layout, [c for c in self.study.guide.components if c.remembered]
+        if not remembered or sum(coordinates(c, layout.cardinality) for c in remembered) > REMEMBERED:
+            return
+        answers = self.engine.round("starts", {"points": point[None]}, self.tasks())
+        for block in (b for c in remembered for b in c.blocks):
+            table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), block.dim))
+            for answer in answers:
+                if f"start/{block.name}" in answer:
+                    table[answer[f"at/{block.name}"]] = answer[f"start/{block.name}"]
+            self.state[f"start/{block.name}"] = table
+        self.missed = max(float(np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]).mean()) for c in remembered)
 
     def cost(self, weighted: bool) -> float:
         """Modelled seconds of L at one point: a function of sizes alone, so that the same seed does the same work on any machine."""
@@ -234,14 +255,17 @@ class Trainer:
             return
         share = self._efficiency(points[:1])
         self.tell("efficiency", share)
-        if trained or share < WORTH_TRAINING:
-            self._correct(points, 300 if share < WORTH_TRAINING else 100)
+        enough = int(np.clip(math.ceil(EFFECTIVE / max(share, 1e-9)), FEW_CANDIDATES, self.study.guide.candidates))
+        self.state["draws"] = np.asarray(enough)
+        close = share * enough >= EFFECTIVE
+        if trained or not close:
+            self._correct(points, 100 if close else 300)
 
     def _efficiency(self, point: np.ndarray) -> float:
-        """Relative effective sample size of the candidates' weights, the lowest tenth of the first shard's units."""
-        (answer,) = self.engine.round("ratios", {**self.state, "points": point}, [{**self.tasks()[0], "samples": 64, "seed": self.seed}])
+        """Relative effective sample size of the candidates' weights, the lowest tenth of the first shards' units."""
+        answers = self.engine.round("ratios", {**self.state, "points": point}, [{**t, "samples": 64, "seed": self.seed} for t in self.tasks()[:LEAST_SHARDS]])
         shares = [np.ones(1)]
-        for key, ratio in answer.items():
+        for key, ratio in (item for answer in answers for item in answer.items()):
             if key.startswith("ratio/"):
                 w = np.exp(ratio - ratio.max(0))
                 shares.append(w.sum(0) ** 2 / (w**2).sum(0) / len(w))

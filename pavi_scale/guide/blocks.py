@@ -99,6 +99,11 @@ class Component:
         return self.finest if self.candidates else ()
 
     @property
+    def remembered(self) -> bool:
+        """Whether its mode is looked for, so that a good one is worth remembering: laws that are not Gaussian, without kinks or rows."""
+        return not self.quadratic and not self.rough and not any(b.free for b in self.blocks)
+
+    @property
     def weighted(self) -> bool:
         """Whether its marginal is estimated by importance weights: a single block that is not Gaussian."""
         return len(self.blocks) == 1 and bool(self.resampled)

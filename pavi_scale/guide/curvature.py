@@ -100,6 +100,12 @@ class LocalModel:
         """Number of selected units."""
         return self.reduced.count(block.plates)
 
+    def select(self, particles: Tensor) -> LocalModel:
+        """The same component for some of the particles (a mask, or positions)."""
+        given = {n: Value(v.theta[particles] if len(v.theta) == self.particles else v.theta, v.plates) for n, v in self.given.items()}
+        count = int(particles.sum()) if particles.dtype == torch.bool else len(particles)
+        return LocalModel(self.component, self.reduced, given, self.sites, count)
+
     def split(self, block: Block, latent: str, z: Tensor) -> Tensor:
         """Coordinates of one latent, `[K, n, *base_shape]`, of a block's `[K, n, C, e]`."""
         base = self.reduced.graph.links[latent].base_shape

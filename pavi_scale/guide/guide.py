@@ -12,7 +12,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component, Factor, lies_below, make_blocks, make_components
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
-from pavi_scale.guide.local import Core, Correction, Noise, component_bound, fit_core
+from pavi_scale.guide.local import Core, Correction, Noise, component_bound, fit_core, shared_bound
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Reduced, Value
 
@@ -52,6 +52,7 @@ class Guide:
     def local_bound(
         self, reduced: Reduced, root: Mapping[str, Value], particles: int, *, split: str | None = None, first: bool = True,
         differentiable: bool = False, bound: bool = False, samples: int = 0, noise: Noise | None = None, corrections: Mapping[str, Correction] | None = None,
+        together: int = 0,
     ) -> Tensor:
         """sum_n L_n(root) over the shard, `[K]`.
 
@@ -72,6 +73,8 @@ class Guide:
             honest = (bound and not component.quadratic) or (component.weighted and samples)
             if noise is None or not honest:
                 total = total + core.log_marginal(weights(core))
+            elif together:
+                total = total + shared_bound(core, noise, samples if component.resampled else 1, corrections, together)
             else:
                 total = total + component_bound(core, noise, samples if component.resampled else 1, corrections)
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
 from pavi_scale.guide.gaussian import Dense, Tree, back, forward, log_det
-from pavi_scale.guide.mode import find_mode
+from pavi_scale.guide.mode import Noise, find_mode
 from pavi_scale.reduced import Value
 
-Noise = Callable[[Block, tuple[int, ...]], Tensor]  # (block, [K, n, C, e]) -> standard normals
 Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (noise, context) -> (corrected noise, log |d corrected / d noise|)
 
 
@@ -59,6 +58,18 @@ class Core:
         given = {n: Value(many(v.theta), v.plates) for n, v in self.local.given.items()}
         local = LocalModel(self.local.component, self.local.reduced, given, self.local.sites, times * self.local.particles)
         return Core(local, {b: many(t) for b, t in self.mode.items()}, replace(self.expansion, gaussian=wide))
+
+
+    def parts(self, size: int) -> Iterator[Core]:
+        """The core of some neighbouring particles after the other, `size` at a time."""
+        gaussian = self.expansion.gaussian
+        for start in range(0, self.local.particles, size):
+            at = torch.arange(start, min(start + size, self.local.particles))
+            if isinstance(gaussian, Tree):
+                few: Tree | Dense = replace(gaussian, factor={b: t[at] for b, t in gaussian.factor.items()}, gain={p: t[at] for p, t in gaussian.gain.items()})
+            else:
+                few = replace(gaussian, factor=gaussian.factor[at])
+            yield Core(self.local.select(at), {b: t[at] for b, t in self.mode.items()}, replace(self.expansion, gaussian=few))
 
 
 def fit_core(local: LocalModel, *, differentiable: bool) -> Core:
@@ -214,6 +225,19 @@ def component_bound(core: Core, noise: Noise, samples: int, corrections: Mapping
             base = local.split(block, latent, found.sample.z[block.name][::step])
             total = total + (link.log_det(base, values[latent].theta.reshape(*base.shape[:2], *link.event_shape)) * weight).sum(1)
     return total
+
+
+def shared_bound(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None, size: int) -> Tensor:
+    """`component_bound` with the same normals for every particle (common random numbers), `size` particles at once."""
+    def common(block: Block, shape: tuple[int, ...]) -> Tensor:
+        own = noise(block, (shape[0] // particles, *shape[1:]))
+        return own.repeat(particles, *([1] * (len(shape) - 1)))
+
+    found = []
+    for part in core.parts(size):
+        particles = part.local.particles
+        found.append(component_bound(part, common, samples, corrections))
+    return torch.cat(found)
 
 
 def resample(core: Core, found: Candidates, uniforms: Mapping[str, Tensor]) -> dict[str, Value]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
-from pavi_scale.guide.gaussian import Tree
+from pavi_scale.guide.gaussian import Tree, back, factorise, forward, log_det
+
+Noise = Callable[[Block, tuple[int, ...]], Tensor]  # (block, [K, n, C, e]) -> standard normals
 
 MAX_ITERATIONS = 20
-TOLERANCE = 1e-9  # Newton decrement (nats) at which a unit's search ends
+TOLERANCE = 1e-7  # Newton decrement (nats) at which a unit's search ends: the last step squares what is left
 LONGEST = 4.0  # conditional sds of one unguarded step
 MAX_SHORTENED = 24  # times that a step is shortened to a quarter before it is given up
 ENCODING_ITERATIONS = 2  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
 ROUGH_ITERATIONS = 12
+SETTLED = 1e-3  # decrement below which a search has reached a mode
+UNSETTLED = 1e6  # nats that a point is put behind every mode
+APART = 5.0  # conditional sds between two modes
+COMPACT = 0.8  # share of particles still searched below which the batch is made smaller
 
 
 def find_mode(local: LocalModel) -> tuple[Coordinates, int]:
@@ -24,40 +31,115 @@ def find_mode(local: LocalModel) -> tuple[Coordinates, int]:
         z = local.start()
         if local.component.rough:
             return _rough(local, z), ROUGH_ITERATIONS
-        return _newton(local, z)
+        return _newton(local, _nearer(local, z))
+
+
+def _nearer(local: LocalModel, z: Coordinates) -> Coordinates:
+    """The prior means, or the modes found at another root point where the log joint is higher there."""
+    kept = local.reduced.starts
+    if not all(b in kept for b in z):
+        return z
+    other = {b: kept[b].reshape(1, *zb.shape[1:]).expand_as(zb) for b, zb in z.items()}
+    better = local.log_terms(other) > local.log_terms(z)
+    return {b: torch.where(_units(local, b, better)[..., None, None], other[b], zb) for b, zb in z.items()}
+
+
+def explore(local: LocalModel, noise: Noise, attempts: int) -> tuple[Coordinates, Tensor]:
+    """The best of the modes that searches from the prior means and from conditional prior draws lead to, unit by unit; and what it leaves out.
+
+    Mixtures have poor local modes: a component that starts far from its data stays empty. Modes are judged by their Laplace mass; what the
+    best one leaves out is the mass of the next over the sum of both, `[n_top]`.
+
+    Args:
+        local: A component without kinks at one root point.
+        noise: Standard normals.
+        attempts: Draws.
+    """
+    with torch.no_grad():
+        centre = local.start()
+        local = local.select(torch.zeros(1 + attempts, dtype=torch.long))
+        z = {}
+        for block in local.component.blocks:
+            factor = factorise(_prior_precision(local, centre, block))
+            away = back(factor, noise(block, (attempts, *centre[block.name].shape[1:])))
+            z[block.name] = centre[block.name] + torch.cat([torch.zeros_like(away[:1]), away])
+        found, _ = _newton(local, z)
+        expansion = local.expand(found, differentiable=False)
+        mass = expansion.value
+        if isinstance(expansion.gaussian, Tree):
+            for b, factor in expansion.gaussian.factor.items():
+                mass = mass - local.to_top(log_det(factor), local.blocks[b].plates)
+        settled = _decrement(local, expansion) < SETTLED
+        mass = torch.where(settled, mass, expansion.value - UNSETTLED).nan_to_num(nan=-torch.inf)
+        best = mass.argmax(0, keepdim=True)
+        chosen = {b: zb.gather(0, _units(local, b, best)[..., None, None].expand(1, *zb.shape[1:])) for b, zb in found.items()}
+        if not isinstance(expansion.gaussian, Tree):
+            return chosen, torch.zeros(mass.shape[1])
+        apart = torch.zeros_like(mass)
+        for b, factor in expansion.gaussian.factor.items():
+            apart = apart + local.to_top(forward(factor, found[b] - chosen[b]).square().sum((-1, -2)), local.blocks[b].plates)
+        others = torch.where((apart > APART**2) & settled, mass, -torch.inf).amax(0)
+        return chosen, torch.sigmoid(others - mass.amax(0))
+
+
+def _prior_precision(local: LocalModel, z: Coordinates, block: Block) -> Tensor:
+    """Minus second derivative of the log-density of a block's own laws, `[1, n, C, e, e]`."""
+    alone = local.select(torch.zeros(1, dtype=torch.long))
+    total: Tensor | float = 0.0
+    for factor in local.component.factors:
+        if factor.variable in block.latents:
+            _, _, hess = alone._factor(factor, z, False)
+            total = total + hess[block.name, block.name]
+    return torch.as_tensor(total)
 
 
 def _newton(local: LocalModel, z: Coordinates) -> tuple[Coordinates, int]:
-    """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it."""
+    """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it.
+
+    Particles whose units have all settled leave the batch; a step is shortened by looking at values alone.
+    """
     if local.reduced.dtype == torch.float32:  # an encoding for stochastic training: no search along the step
         for _ in range(ENCODING_ITERATIONS):
             z = {b: zb + step for (b, zb), step in zip(z.items(), _bounded(local.expand(z, differentiable=False)), strict=True)}
         return z, ENCODING_ITERATIONS
-    expansion = local.expand(z, differentiable=False)
-    settled = stuck = torch.zeros_like(expansion.value, dtype=torch.bool)
+    found = {b: zb.clone() for b, zb in z.items()}
+    rows = torch.arange(local.particles)
+    settled: Tensor | None = None
     for iteration in range(MAX_ITERATIONS):
-        step = expansion.gaussian.step
-        settled = settled | (_decrement(local, expansion) < TOLERANCE)
-        if bool(settled.all()):
-            # The step at hand is free, and squares what is left of the error.
-            return _move(local, z, step, (~stuck).to(expansion.value.dtype)), iteration
-        scale = (~settled).to(expansion.value.dtype)
-        if iteration == MAX_ITERATIONS - 1:
+        expansion = local.expand(z, differentiable=False)
+        settled = _decrement(local, expansion) < TOLERANCE if settled is None else settled | (_decrement(local, expansion) < TOLERANCE)
+        # The step at hand is free, and squares what is left of a settled unit's error.
+        z, stuck = _along(local, z, expansion, settled)
+        settled = settled | stuck
+        going = ~settled.all(1)
+        if not bool(going.any()):
             break
-        for _ in range(MAX_SHORTENED):
-            # Units whose log joint fell (or is not finite) try a quarter of the step.
-            trial = _move(local, z, step, scale)
-            found = local.expand(trial, differentiable=False)
-            worse = ~settled & ~(found.value >= expansion.value - 1e-9 * (1 + expansion.value.abs()))
-            if not bool(worse.any()):
-                break
-            scale = torch.where(worse, 0.25 * scale, scale)
-        else:
-            settled, stuck = settled | worse, stuck | worse
-            trial = _move(local, z, step, torch.where(worse, torch.zeros_like(scale), scale))
-            found = local.expand(trial, differentiable=False)
-        z, expansion = trial, found
-    return _move(local, z, step, scale), MAX_ITERATIONS
+        if float(going.to(torch.float32).mean()) < COMPACT:
+            for b, zb in z.items():
+                found[b][rows] = zb
+            local, rows, settled = local.select(going), rows[going], settled[going]
+            z = {b: zb[going] for b, zb in z.items()}
+    for b, zb in z.items():
+        found[b][rows] = zb
+    return found, iteration
+
+
+def _along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tensor) -> tuple[Coordinates, Tensor]:
+    """The point a Newton step leads to, and the units that no length of it raises (they stay where they are).
+
+    Units whose log joint falls, or is not finite, try a quarter of the step; settled ones take it whole, or not at all.
+    """
+    step = expansion.gaussian.step
+    scale = torch.ones_like(expansion.value)
+    least = expansion.value - 1e-9 * (1 + expansion.value.abs())
+    for _ in range(MAX_SHORTENED):
+        trial = _move(local, z, step, scale)
+        worse = ~(local.log_terms(trial) >= least)
+        if not bool(worse.any()):
+            return trial, worse
+        scale = torch.where(worse, torch.where(settled, 0.0, 0.25 * scale), scale)
+    scale = torch.where(worse, 0.0, scale)
+    return _move(local, z, step, scale), worse
 
 
 def _bounded(expansion: Expansion) -> list[Tensor]:
@@ -94,13 +176,17 @@ def _rough(local: LocalModel, z: Coordinates) -> Coordinates:
     return z
 
 
+def _units(local: LocalModel, block: str, per_top: Tensor) -> Tensor:
+    """Values per unit of the top block, `[K, n_top]` -> per unit of a block, `[K, n]` or `[K, 1]`."""
+    if local.top is None:
+        return per_top[:, :1].expand(-1, local.units(local.blocks[block]))
+    index = local.reduced.unit_index(local.blocks[block].plates, local.top.plates)
+    return per_top if index is None else per_top.index_select(1, index)
+
+
 def _move(local: LocalModel, z: Coordinates, step: Mapping[str, Tensor], scale: Tensor) -> Coordinates:
     out = {}
     for name, zb in z.items():
-        if local.top is None:
-            s = scale[:, :1]
-        else:
-            index = local.reduced.unit_index(local.blocks[name].plates, local.top.plates)
-            s = scale if index is None else scale.index_select(1, index)
-        out[name] = zb + s[..., None, None] * step[name]
+        s = _units(local, name, scale)[..., None, None]
+        out[name] = torch.where(s > 0, zb + s * step[name], zb)  # a step may not be finite
     return out

@@ -21,6 +21,8 @@ from pipelines.bench.meter import Found, Job, Measurement, Watch, machine, peak_
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "references": ("pipelines.bench.references:measure", (), "Real tables against long NUTS runs"),
     "gre": ("pipelines.bench.gaussian:exact", (), "Gaussian random effects: (log evidence - ELBO), nats per latent; D=2, scales (.5, .5, .1)"),
+    "mixture": ("pipelines.bench.mixture:mixture", (), "Gaussian mixture with random effects, L=G=3, N=50, D=2: nats"),
+    "nc": ("pipelines.bench.mixture:without_conjugacy", (), "Gamma root, Laplace children, Gaussian data: (log evidence - ELBO), nats per latent"),
     "engines": ("pipelines.bench.gaussian:engines", (), "One process and two workers: Gaussian random effects, G=300, N=50, D=2"),
     "store": ("pipelines.bench.gaussian:large_store", (), "Large cohort simulated"),
     "memory": ("pipelines.bench.gaussian:memory", ("store",), "Out of a store within a budget: G=20,000, N=50, D=8, scales (1, .5, 1)"),
