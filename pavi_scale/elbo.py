@@ -13,7 +13,8 @@ from torch import Tensor
 from pavi_scale.guide.correction import Corrections
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.local import Correction, Noise, Sample, draw, fit_core, log_density
+from pavi_scale.guide.local import Correction, Sample, draw, fit_core, log_density
+from pavi_scale.guide.mode import Noise
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.reduced import Reduced, Value
 

@@ -125,7 +125,7 @@ def find_mode(
 
 
 def spread_out(points: np.ndarray, value: np.ndarray, count: int) -> list[int]:
-    """Positions of the highest point and of others among the highest eighth that lie far from those chosen, so that no mode is overlooked for being near none."""
+    """Positions of the highest point, and of others among the highest eighth that lie far from those chosen: near ones lead to the same mode."""
     order = list(np.argsort(-value, kind="stable")[: max(count, len(points) // 8)])
     chosen = [int(order.pop(0))]
     while order and len(chosen) < count:

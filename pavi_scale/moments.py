@@ -13,7 +13,8 @@ from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Dense
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.local import Candidates, Core, Noise, candidates, fit_core
+from pavi_scale.guide.local import Candidates, Core, candidates, fit_core
+from pavi_scale.guide.mode import Noise
 from pavi_scale.reduced import Reduced, Value
 
 

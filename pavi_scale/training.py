@@ -156,8 +156,8 @@ class Trainer:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
         pool = refit(
-            lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)), target=min(1500.0, max(400.0, limit / 4)),
-            max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
+            lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
+            target=min(1500.0, max(500.0, limit / 4)), max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
         )
         return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
 

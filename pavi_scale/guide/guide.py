@@ -12,7 +12,8 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component, Factor, lies_below, make_blocks, make_components
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
-from pavi_scale.guide.local import Core, Correction, Noise, component_bound, fit_core, shared_bound
+from pavi_scale.guide.local import Core, Correction, component_bound, fit_core, shared_bound
+from pavi_scale.guide.mode import Noise
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Reduced, Value
 

@@ -87,7 +87,7 @@ def fit_core(local: LocalModel, *, differentiable: bool) -> Core:
             rise = 0.5 * (expansion.gradient[block.name] * expansion.gaussian.step[block.name]).sum((-1, -2))
             value = value + local.to_top(rise, block.plates)
         return Core(local, mode, Expansion(value, expansion.gradient, expansion.gaussian))
-    mode, _ = find_mode(local)
+    mode = find_mode(local)
     if differentiable:
         step = local.expand(mode, differentiable=True).gaussian.step
         mode = {b: z + step[b] for b, z in mode.items()}

@@ -25,12 +25,12 @@ APART = 5.0  # conditional sds between two modes
 COMPACT = 0.8  # share of particles still searched below which the batch is made smaller
 
 
-def find_mode(local: LocalModel) -> tuple[Coordinates, int]:
-    """Mode of the log joint by damped Newton steps, without derivatives; and the number of steps taken."""
+def find_mode(local: LocalModel) -> Coordinates:
+    """Mode of the log joint by damped Newton steps, without derivatives."""
     with torch.no_grad():  # sites and root values may be tracked; the search is not
         z = local.start()
         if local.component.rough:
-            return _rough(local, z), ROUGH_ITERATIONS
+            return _rough(local, z)
         return _newton(local, _nearer(local, z))
 
 
@@ -63,7 +63,7 @@ def explore(local: LocalModel, noise: Noise, attempts: int) -> tuple[Coordinates
             factor = factorise(_prior_precision(local, centre, block))
             away = back(factor, noise(block, (attempts, *centre[block.name].shape[1:])))
             z[block.name] = centre[block.name] + torch.cat([torch.zeros_like(away[:1]), away])
-        found, _ = _newton(local, z)
+        found = _newton(local, z)
         expansion = local.expand(found, differentiable=False)
         mass = expansion.value
         if isinstance(expansion.gaussian, Tree):
@@ -93,7 +93,7 @@ def _prior_precision(local: LocalModel, z: Coordinates, block: Block) -> Tensor:
     return torch.as_tensor(total)
 
 
-def _newton(local: LocalModel, z: Coordinates) -> tuple[Coordinates, int]:
+def _newton(local: LocalModel, z: Coordinates) -> Coordinates:
     """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it.
 
     Particles whose units have all settled leave the batch; a step is shortened by looking at values alone.
@@ -101,11 +101,11 @@ def _newton(local: LocalModel, z: Coordinates) -> tuple[Coordinates, int]:
     if local.reduced.dtype == torch.float32:  # an encoding for stochastic training: no search along the step
         for _ in range(ENCODING_ITERATIONS):
             z = {b: zb + step for (b, zb), step in zip(z.items(), _bounded(local.expand(z, differentiable=False)), strict=True)}
-        return z, ENCODING_ITERATIONS
+        return z
     found = {b: zb.clone() for b, zb in z.items()}
     rows = torch.arange(local.particles)
     settled: Tensor | None = None
-    for iteration in range(MAX_ITERATIONS):
+    for _ in range(MAX_ITERATIONS):
         expansion = local.expand(z, differentiable=False)
         settled = _decrement(local, expansion) < TOLERANCE if settled is None else settled | (_decrement(local, expansion) < TOLERANCE)
         # The step at hand is free, and squares what is left of a settled unit's error.
@@ -121,7 +121,7 @@ def _newton(local: LocalModel, z: Coordinates) -> tuple[Coordinates, int]:
             z = {b: zb[going] for b, zb in z.items()}
     for b, zb in z.items():
         found[b][rows] = zb
-    return found, iteration
+    return found
 
 
 def _along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tensor) -> tuple[Coordinates, Tensor]:
