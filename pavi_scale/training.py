@@ -213,7 +213,7 @@ class Trainer:
                 if absorbable(component, factor, study.graph.model):
                     continue  # summed up once
                 columns = sum(len(component.columns(b, n)) for b in component.blocks for n in dict(factor.touches).get(b.name, ()))
-                draws = component.candidates if weighted else 0
+                draws = min(component.candidates, study.draws_per_unit(self.state)) if weighted else 0
                 total += values * ((2 + columns) * (1 if component.quadratic else TYPICAL_ITERATIONS) + draws) * SECONDS_PER_VALUE
             if not component.tree:
                 total += coordinates(component, study.layout.cardinality) ** 3 * SECONDS_PER_FLOP * (1 if component.quadratic else TYPICAL_ITERATIONS)

@@ -16,6 +16,7 @@ from pavi_scale.diagnosing import diagnose
 from pavi_scale.errors import RunError
 from pavi_scale.marginal import Pool
 from pavi_scale.model.template import Model
+from pavi_scale.moments import MOST_CANDIDATES
 from pavi_scale.posterior.groups import table_group, trace_group
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.posterior.sampler import Context, set_loader
@@ -43,7 +44,7 @@ def write_posterior(
     split = study.settings.split
     writer = PosteriorWriter.create(run.path, context, chunks={split: length} if split else None)
     pool = Pool(state["pool/points"], np.zeros(0), state["pool/weight"], 0.0, None)  # type: ignore[arg-type]
-    count = moment_points(study)
+    count = moment_points(study, min(MOST_CANDIDATES, computation.draws_per_unit(state)))
     picks = pool.resample((np.arange(count) + 0.5) / count)
     answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, tasks)
     write_root(writer, computation, state)
@@ -58,11 +59,18 @@ def write_posterior(
     return {"phase": "done", "status": status, "elbo": nats, "elbo_error": error if error is not None and math.isfinite(error) else None}
 
 
-def moment_points(study: Study) -> int:
-    """Root points that the moments are averaged over: as many as a pass can afford."""
-    layout = study.cohort.layout
-    units = max((math.prod(layout.cardinality[p] for p in v.plates) for v in study.graph.model.of_kind("observed", "latent")), default=1)
-    return int(np.clip(2e6 // max(units, 1), 2, 64)) if study.settings.free else int(np.clip(1e7 // max(units, 1), 4, 512))
+def moment_points(study: Study, draws: int) -> int:
+    """Root points that the moments are averaged over: as many as a pass can afford.
+
+    Args:
+        study: The study.
+        draws: Candidates of each draw of a resampled block; laws that touch one are computed for each.
+    """
+    layout, model = study.cohort.layout, study.graph.model
+    resampled = {f.variable for c in study.guide.components for f in c.factors if f.touches[-1][0] in c.resampled}
+    work = [math.prod(layout.cardinality[p] for p in v.plates) * (draws if v.name in resampled else 1) for v in model.of_kind("observed", "latent")]
+    budget, least, most = (2e6, 2, 64) if study.settings.free else (1e7, 4, 512)
+    return int(np.clip(budget // max(work, default=1), least, most))
 
 
 def write_root(writer: PosteriorWriter, computation: StudyComputation, state: Mapping[str, np.ndarray]) -> None:
