@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pavi_scale.batching import Shard, closure, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
-from pavi_scale.elbo import Weights, correctors, local_elbo, reduced_elbo
+from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import Block, Component
 from pavi_scale.guide.correction import Corrections, observations
@@ -35,6 +35,7 @@ from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
+from pavi_scale.scores import Probe, probe
 from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
@@ -293,24 +294,36 @@ class StudyComputation:
         out.update({f"at/residual/{b}": flat_positions(self.layout, selection, self.block(b)) for b in residuals})
         return {"elbo": np.asarray(float(total.detach())), **out}
 
-    def task_step(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Reduced ELBO and its gradient with respect to root block and sites, on one random selection.
+    def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """What the data say of root and free blocks about `centre/*`, `spread/*` (see `scores`): sums over the task's selections.
 
-        The task brings the rows of the units it selects: `site/<block>` `[n, 2 d]`.
+        Rows of blocks below the split plate come back as `score/<block>`, `curvature/<block>` with their positions `at/<block>`.
         """
-        selection = closure(self.layout, task["units"], task["weight"])
-        reduced = self.reduced(selection, key=("whole",) if not task["units"] else None)
-        leaves = {k: torch.tensor(state[k], dtype=self.dtype, requires_grad=True) for k in ("root/loc", "root/raw")}
-        sites = {b: torch.tensor(task[f"site/{b.name}"], dtype=self.dtype, requires_grad=True) for b in self.guide.blocks if b.free}
-        weights = Weights(leaves["root/loc"], leaves["root/raw"], {b.name: tuple(t.chunk(2, -1)) for b, t in sites.items()})  # type: ignore[misc]
-        seed, particles = int(task["seed"]), int(task["particles"])
-        generator = torch.Generator().manual_seed(stream(seed, "root") % 2**63)
-        eps = torch.randn(particles, len(state["root/loc"]), generator=generator, dtype=self.dtype)
-        elbo = reduced_elbo(self.guide, reduced, self.space, weights, eps, generator_noise(stream(seed, "local"), self.dtype)).mean()
-        tensors = [*leaves.values(), *sites.values()]
-        grads = torch.autograd.grad(elbo, tensors, allow_unused=True, materialize_grads=True)
-        keys = [*leaves, *(f"site/{b.name}" for b in sites)]
-        return {"elbo": np.asarray(float(elbo.detach())), **{f"grad/{k}": g.to(torch.float64).numpy() for k, g in zip(keys, grads, strict=True)}}
+        blocks = [b for b in self.guide.blocks if b.free]
+        sums: dict[str, np.ndarray] = {}
+        for number, piece in enumerate(task["pieces"]):
+            if isinstance(piece, tuple):
+                reduced, _ = self.shard({"shard": piece})
+                first = bool(piece[3])
+            else:
+                first = bool(task["first"]) and number == 0
+                reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes()))
+            rows = {b.name: flat_positions(self.layout, reduced.selection, b) for b in blocks}
+            at = Probe(
+                state["root/centre"], state["root/spread"], {n: state[f"centre/{n}"][r] for n, r in rows.items()},
+                {n: state[f"spread/{n}"][r] for n, r in rows.items()}, bool(task["apart"]),
+            )
+            found = probe(self.guide, self.space, reduced, blocks, at, self.settings.split, first, stream(int(task["seed"]), number))
+            parts = {"value": np.asarray(found.value), "root": found.root, "root_curvature": found.root_curvature}
+            for key, value in parts.items():
+                sums[key] = sums[key] + value if key in sums else value
+            for b in blocks:
+                for kind, table in (("score", found.score), ("curvature", found.curvature)):
+                    key = f"{kind}/{b.name}"
+                    if key not in sums:
+                        sums[key] = np.zeros_like(state[f"centre/{b.name}"])
+                    sums[key][rows[b.name]] += table[b.name]
+        return sums
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""

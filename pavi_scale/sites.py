@@ -1,0 +1,257 @@
+"""The model above the data: root, free blocks and what is coupled to them, with Gaussian sites in the place of all data below.
+
+A site on a coordinate z is exp(h z - k z^2 / 2), its location h / k and precision k kept as rows. Score g and curvature c of the data's bound L,
+averaged over q about its centre m, give the site of the next round,
+
+    k <- c,    h <- c m + g,
+
+one Newton step of E_q[log p] in natural parameters: conjugate-computation variational inference (Khan & Lin 2017) with step one, equivalently
+variational online Newton. Given the sites, root and blocks are a small problem of their own: the blocks are eliminated (Gaussian, exact for
+linear-Gaussian laws) and the root's marginal is searched for its mode and curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pavi_scale.batching import closure
+from pavi_scale.computation import StudyComputation
+from pavi_scale.guide.blocks import Block, lies_below
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.guide import weights
+from pavi_scale.guide.local import Core, fit_core
+from pavi_scale.guide.root import RootSpace
+from pavi_scale.moments import conditional_moments
+from pavi_scale.plates import ancestors
+from pavi_scale.reduced import Reduced, Value, read
+from pavi_scale.scores import Scores, speaks_of, upper
+from pavi_scale.settings import precision
+
+LONGEST = 3.0  # posterior sds that one update may move a coordinate
+POINTS = 1 << 21  # coordinates x root points looked at together
+LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
+
+
+@dataclass
+class Sites:
+    """What stands for the data.
+
+    Args:
+        loc: Free block -> location, `[n, d]`.
+        precision: Free block -> precision, `[n, d]`.
+        root: Where the root's site is centred, `[R]`.
+        pull: Its gradient there, `[R]`.
+        root_precision: Its precision, `[R, R]`.
+    """
+
+    loc: dict[str, np.ndarray]
+    precision: dict[str, np.ndarray]
+    root: np.ndarray
+    pull: np.ndarray
+    root_precision: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As named arrays; the blocks' sites as the rows that the guide reads."""
+        rows = {f"site/{b}": np.concatenate([loc, np.log(self.precision[b])], 1) for b, loc in self.loc.items()}
+        return {**rows, "rootsite/loc": self.root, "rootsite/pull": self.pull, "rootsite/precision": self.root_precision}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Sites:
+        """The inverse of `arrays`."""
+        rows = {k.removeprefix("site/"): np.split(v, 2, axis=1) for k, v in arrays.items() if k.startswith("site/")}
+        return cls(
+            {b: r[0] for b, r in rows.items()}, {b: np.exp(r[1]) for b, r in rows.items()},
+            *(np.array(arrays[f"rootsite/{k}"]) for k in ("loc", "pull", "precision")),
+        )
+
+
+@dataclass
+class Centre:
+    """The posterior given the sites: mode of the root, and of each free block the mean and the sd given all above it."""
+
+    root: np.ndarray
+    root_sd: np.ndarray
+    value: float
+    loc: dict[str, np.ndarray]
+    sd: dict[str, np.ndarray]
+
+
+class Upper:
+    """Root, free blocks and what is coupled to them, in memory and in double precision.
+
+    Args:
+        study: The study.
+        scale: Spread of the prior of each root coordinate, `[R]`.
+    """
+
+    def __init__(self, study: StudyComputation, scale: np.ndarray) -> None:
+        self.study, self.scale = study, scale
+        self.components = upper(study.guide)
+        self.blocks: list[Block] = [b for c in self.components for b in c.blocks if b.free]
+        model = study.graph.model
+        laws = [model.variables[f.variable] for c in self.components for f in c.factors]
+        tops = [p for p in model.plates.values() if not p.within]
+        used = {q for v in laws for p in v.plates for q in (p, *ancestors(model.plates, p))}
+        selection = closure(study.layout, {p.name: np.arange(1) for p in tops if p.name not in used})
+        named = {n for v in laws for n in (v.name, *v.parents)} | {p for v in model.latents if not v.plates for p in v.parents}
+        names = [n for n in model.variables if n in named and model.variables[n].kind != "latent"]
+        with precision(torch.float64):
+            self.reduced = Reduced(study.graph, selection, read(study.graph, selection, names, study.cohort), dtype=torch.float64, partial=True)
+            self.space = RootSpace(study.graph, self.reduced)
+        self.told = speaks_of(study.guide, study.space)
+        self.size = sum(self.reduced.count(b.plates) * b.dim for c in self.components for b in c.blocks)
+        self.hessian: np.ndarray | None = None
+
+    def cores(self, sites: Sites, z: Tensor, *, differentiable: bool) -> tuple[Tensor, list[Core]]:
+        """Log marginal of the root, `[K]`, and the Gaussian core of each component given it."""
+        total = self.space.log_prior(z)
+        away = z - torch.from_numpy(sites.root)
+        total = total + away @ torch.from_numpy(sites.pull) - 0.5 * (away @ torch.from_numpy(sites.root_precision) * away).sum(1)
+        rows = {b: (torch.from_numpy(loc), torch.from_numpy(np.log(sites.precision[b]))) for b, loc in sites.loc.items()}
+        values: dict[str, Value] = dict(self.space.values(z))
+        cores = []
+        for component in self.components:
+            local = LocalModel(component, self.reduced, values, rows, len(z))
+            core = fit_core(local, differentiable=differentiable)
+            total = total + core.log_marginal(weights(core))
+            values.update(local.values(core.mode))
+            cores.append(core)
+        return total, cores
+
+    def bound(self, sites: Sites, points: np.ndarray, gradient: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Log marginal of the root at `[K, R]`, and its gradient."""
+        found, grads = [], []
+        size = max(1, POINTS // max(1, self.size))
+        with precision(torch.float64):
+            for start in range(0, len(points), size):
+                z = torch.tensor(points[start : start + size], requires_grad=gradient)
+                value, _ = self.cores(sites, z, differentiable=gradient)
+                found.append(value.detach().numpy())
+                if gradient:
+                    (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
+                    grads.append(grad.numpy())
+        return np.concatenate(found), np.concatenate(grads) if gradient else np.zeros((0, points.shape[1]))
+
+    def curvature(self, sites: Sites, root: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Columns of minus the second derivative at a root point, `[R, len(columns)]`."""
+        steps = 1e-3 * self.scale[columns]
+        move = np.zeros((len(columns), len(root)))
+        move[np.arange(len(columns)), columns] = steps
+        _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
+        return np.asarray((grad[len(columns) :] - grad[: len(columns)]).T / (2 * steps))
+
+    def covariance(self, sites: Sites, root: np.ndarray) -> np.ndarray:
+        """Inverse curvature at a root point; directions of less curvature than the prior has are given the prior's."""
+        h = self.curvature(sites, root, np.arange(len(root)))
+        h = 0.5 * (h + h.T) * self.scale[:, None] * self.scale
+        values, vectors = np.linalg.eigh(h)
+        return np.asarray((vectors / np.maximum(values, 0.25)) @ vectors.T * self.scale[:, None] * self.scale)
+
+    def solve(self, sites: Sites, start: np.ndarray) -> Centre:
+        """Mode of the root's marginal from a start, and the free blocks there."""
+        root = start
+        if len(start):
+            # The sites' precision grows by orders of magnitude over the rounds: the search is scaled by the diagonal of the curvature.
+            told = self.curvature(sites, start, np.arange(len(start))).diagonal() if len(start) * self.size < POINTS else self._diagonal(sites, start)
+            unit = 1 / np.sqrt(np.maximum(np.abs(told), 0.25 / self.scale**2))
+
+            def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
+                value, grad = self.bound(sites, (start + unit * y)[None])
+                if not (np.isfinite(value[0]) and np.isfinite(grad).all()):
+                    return 1e300, np.zeros_like(y)
+                return -float(value[0]), -grad[0] * unit
+
+            found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 100, "maxiter": 100, "ftol": 1e-12, "gtol": 1e-3})
+            root = start + unit * found.x
+        return self.centre(sites, root)
+
+    def _diagonal(self, sites: Sites, root: np.ndarray) -> np.ndarray:
+        """A rough diagonal of the curvature, by random signs."""
+        steps = 1e-3 * self.scale
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (8, len(root)))
+        _, grad = self.bound(sites, np.concatenate([root + signs * steps, root - signs * steps]))
+        return np.asarray((signs * (grad[8:] - grad[:8]) / (2 * steps)).mean(0))
+
+    def centre(self, sites: Sites, root: np.ndarray) -> Centre:
+        """The free blocks at a root point."""
+        loc, sd = {}, {}
+        with precision(torch.float64), torch.no_grad():
+            value, cores = self.cores(sites, torch.tensor(root[None]), differentiable=False)
+            for component, core in zip(self.components, cores, strict=True):
+                for block in component.blocks:
+                    if block.free:
+                        mean, variance = conditional_moments(core, core.mode, block.name)
+                        loc[block.name], scale = (
+                            torch.cat([LocalModel.columns_of(component, block, n, t) for n in block.latents], -1)[0].numpy() for t in (mean, variance)
+                        )
+                        sd[block.name] = np.sqrt(scale)
+        root_sd = np.zeros(len(root))
+        if len(self.told):
+            curvature = self.curvature(sites, root, self.told)[self.told].diagonal()
+            root_sd[self.told] = 1 / np.sqrt(np.maximum(curvature, 0.25 / self.scale[self.told] ** 2))
+        return Centre(root, root_sd, float(value[0]), loc, sd)
+
+    def initial(self, root: np.ndarray, loc: Mapping[str, np.ndarray]) -> Sites:
+        """Sites that say next to nothing."""
+        return Sites(
+            dict(loc), {b: np.full_like(x, 1e-4) for b, x in loc.items()}, root.copy(), np.zeros(len(root)), np.zeros((len(root), len(root)))
+        )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far the sites were from what the data say at the centre, in posterior sds: root mean square, and all but one in a thousand."""
+
+    typical: float
+    worst: float
+
+
+def residual(sites: Sites, centre: Centre, scores: Scores) -> Residual:
+    """Score of the data less that of the sites, times the posterior sd: how far the next update moves each coordinate."""
+    away = [np.abs(scores.score[b] - sites.precision[b] * (sites.loc[b] - centre.loc[b])) * centre.sd[b] for b in sites.loc]
+    held = sites.pull - sites.root_precision @ (centre.root - sites.root)
+    root = np.abs(scores.root - held) * centre.root_sd
+    rows = np.concatenate([a.ravel() for a in away])
+    return Residual(float(max(np.sqrt(np.mean(rows**2)), root.max(initial=0.0))), float(max(np.quantile(rows, 0.999), root.max(initial=0.0))))
+
+
+def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> Sites:
+    """The sites of the next round; no coordinate moves by more than a few of its sds."""
+    loc, found = {}, {}
+    for b, old in sites.precision.items():
+        other = np.maximum(1 / centre.sd[b] ** 2 - old, 1e-12)  # what the laws above say
+        held = old * (sites.loc[b] - centre.loc[b])
+        k = np.maximum(np.abs(scores.curvature[b]), LEAST * other)
+        change = scores.score[b] - held
+        limit = LONGEST * centre.sd[b] * (other + k)
+        change = np.clip(change, -limit, limit)
+        pull = held + change
+        # A pull without the precision that belongs to it would drag the scales above to infinity: no site lies further away than its own or the posterior's sds.
+        far = np.abs(pull) / LONGEST
+        k = np.maximum(k, np.minimum(far**2, far / centre.sd[b]))
+        loc[b], found[b] = centre.loc[b] + pull / k, k
+    return Sites(loc, found, *_root_site(sites, centre, scores, scale))
+
+
+def _root_site(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The root's site: a full matrix on the coordinates that the data speak of, made positive definite, and no step longer than a quarter of the prior's scale."""
+    told = np.flatnonzero(centre.root_sd)
+    k = np.zeros_like(sites.root_precision)
+    held = sites.pull - sites.root_precision @ (centre.root - sites.root)
+    change = scores.root - held
+    if len(told):
+        sd = centre.root_sd[told]
+        values, vectors = np.linalg.eigh(scores.root_curvature[np.ix_(told, told)] * sd[:, None] * sd)
+        k[np.ix_(told, told)] = (vectors * np.maximum(np.abs(values), LEAST)) @ vectors.T / (sd[:, None] * sd)
+        limit = np.maximum(LONGEST * sd, 0.25 * scale[told]) * np.maximum(k.diagonal()[told], 1 / scale[told] ** 2)
+        change[told] = np.clip(change[told], -limit, limit)
+    return centre.root.copy(), held + change, k
+
+
+__all__ = ["Centre", "Residual", "Sites", "Upper", "lies_below", "residual", "updated"]
