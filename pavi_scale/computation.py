@@ -295,9 +295,9 @@ class StudyComputation:
         return {"elbo": np.asarray(float(total.detach())), **out}
 
     def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """What the data say of root and free blocks about `centre/*`, `spread/*` (see `scores`): sums over the task's selections.
+        """What the data say of root and free blocks about `centre/*`, `spread/*` (see `scores`): sums over the task's pieces.
 
-        Rows of blocks below the split plate come back as `score/<block>`, `curvature/<block>` with their positions `at/<block>`.
+        A piece is a shard, or an array of units of the split plate. With `towards/*` in the state, only `along/*`.
         """
         blocks = [b for b in self.guide.blocks if b.free]
         sums: dict[str, np.ndarray] = {}
@@ -309,20 +309,22 @@ class StudyComputation:
                 first = bool(task["first"]) and number == 0
                 reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes()))
             rows = {b.name: flat_positions(self.layout, reduced.selection, b) for b in blocks}
+            towards = {n: state[f"towards/{n}"][r] for n, r in rows.items()} | {"root": state["towards/root"]} if "towards/root" in state else None
             at = Probe(
                 state["root/centre"], state["root/spread"], {n: state[f"centre/{n}"][r] for n, r in rows.items()},
-                {n: state[f"spread/{n}"][r] for n, r in rows.items()}, bool(task["apart"]),
+                {n: state[f"spread/{n}"][r] for n, r in rows.items()}, bool(task["apart"]), towards,
             )
             found = probe(self.guide, self.space, reduced, blocks, at, self.settings.split, first, stream(int(task["seed"]), number))
             parts = {"value": np.asarray(found.value), "root": found.root, "root_curvature": found.root_curvature}
+            if towards is not None:
+                parts = {"along/root": found.along.pop("root")}
             for key, value in parts.items():
                 sums[key] = sums[key] + value if key in sums else value
-            for b in blocks:
-                for kind, table in (("score", found.score), ("curvature", found.curvature)):
-                    key = f"{kind}/{b.name}"
-                    if key not in sums:
-                        sums[key] = np.zeros_like(state[f"centre/{b.name}"])
-                    sums[key][rows[b.name]] += table[b.name]
+            for kind, tables in (("score", found.score), ("curvature", found.curvature), ("along", found.along)):
+                for name, table in tables.items():
+                    if f"{kind}/{name}" not in sums:
+                        sums[f"{kind}/{name}"] = np.zeros_like(state[f"centre/{name}"])
+                    sums[f"{kind}/{name}"][rows[name]] += table
         return sums
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -241,6 +241,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
         "khat_root": khat,
         "modes": fitted.modes,
         "efficiency": fitted.efficiency,
+        "lost": fitted.lost,
         "trace": trace,
         "trace_seconds": fitted.seconds,
         "history": {"step": [i for i, _, _ in few], "loc": [loc.tolist() for _, loc, _ in few], "sd": [sd.tolist() for _, _, sd in few]},

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pavi_scale.batching import shards
+from pavi_scale.guide.blocks import lies_below
 from pavi_scale.guide.root import StudentT
 from pavi_scale.marginal import whitening
 from pavi_scale.rng import stream
@@ -36,6 +37,9 @@ CALM = 0.1  # sds that an update moves coordinates at most (root mean square) wh
 WORST = 0.5  # the same of all but one in a thousand
 APART = 4  # root coordinates up to which each is probed by itself
 TASKS = 32  # parts of a round, whoever computes them
+LEAST_PIECES = 4  # of a round
+POWERS = 4  # rounds that look for lost couplings
+LOST = 1_000_000
 CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 4
 NARROW = 0.05  # share of the sd at which a start is looked at
@@ -87,7 +91,8 @@ class Rows:
             step += 1
             settled = step > last and left.typical < CALM and left.worst < WORST
             self.save(on_checkpoint, sites, root, step)
-        return self.fitted(sites, self.upper.solve(sites, root), settled)
+        centre = self.upper.solve(sites, root)
+        return self.fitted(sites, centre, settled, self.lost(sites, centre))
 
     def search(self) -> tuple[Sites, np.ndarray]:
         """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima)."""
@@ -125,30 +130,56 @@ class Rows:
 
     def round(self, size: int, centre: Centre, step: int, spread: float = 1.0) -> Scores:
         """Scores of a selection of the split plate, or of the whole cohort."""
+        total = self.ask(size, centre, step, spread, {})
+        names = [b.name for b in self.upper.blocks]
+        return Scores(
+            float(total["value"]), total["root"], total["root_curvature"], {b: total[f"score/{b}"] for b in names}, {b: total[f"curvature/{b}"] for b in names},
+        )
+
+    def ask(self, size: int, centre: Centre, step: int, spread: float, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One round of scores, summed in the order of its tasks."""
         study = self.trainer.study
         length = shard_length(study)
         if size == self.count:
-            found = shards(study.layout, self.split, max(1, min(length, -(-self.count // 4))))
+            found = shards(study.layout, self.split, max(1, min(length, -(-self.count // LEAST_PIECES))))
             pieces: list[Any] = [(s.plate, s.start, s.stop, s.first) for s in found]
         else:
             units = np.sort(self.order[:size])
+            length = max(1, min(length, -(-size // LEAST_PIECES)))
             pieces = [units[a : a + length] for a in range(0, size, length)]
         per = -(-len(pieces) // TASKS)
-        apart = 1 < len(self.upper.told) <= APART
+        apart = 1 < len(self.upper.told) <= APART and not more
         tasks = [
             {"pieces": pieces[a : a + per], "first": a == 0, "apart": apart, "seed": stream(self.trainer.seed, "score", step, a) % 2**62}
             for a in range(0, len(pieces), per)
         ]
         state = {f"centre/{b}": x for b, x in centre.loc.items()} | {f"spread/{b}": spread * x for b, x in centre.sd.items()}
-        answers = self.trainer.engine.round("score", {**state, "root/centre": centre.root, "root/spread": spread * centre.root_sd}, tasks)
+        answers = self.trainer.engine.round("score", {**state, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}, tasks)
+        return {key: np.asarray(sum(a[key] for a in answers)) for key in answers[0]}
 
-        def total(key: str) -> np.ndarray:
-            return np.asarray(sum(a[key] for a in answers))
+    def lost(self, sites: Sites, centre: Centre) -> float:
+        """Largest share of its precision that a direction loses if the sites' couplings are accounted for: 1 - 1/x for a variance that is x times ours.
 
-        names = [b.name for b in self.upper.blocks]
-        return Scores(
-            float(total("value")), total("root"), total("root_curvature"), {b: total(f"score/{b}") for b in names}, {b: total(f"curvature/{b}") for b in names},
-        )
+        The largest eigenvalue of S (K - H) S by power iteration: K the sites' precision, H the data's curvature, S posterior sds given all else.
+        """
+        size = self.sizes[-2] if len(self.sizes) > 1 else self.count
+        blocks, plates = self.upper.blocks, self.trainer.study.layout.plates
+        rng = np.random.default_rng(stream(self.trainer.seed, "lost") % 2**63)
+        scale = {b.name: 1.0 if self.split and lies_below(plates, b.plates, (self.split,)) else self.count / size for b in blocks} | {"root": self.count / size}
+        sd = {**centre.sd, "root": centre.root_sd}
+        towards = {n: rng.choice([-1.0, 1.0], x.shape) * (x > 0) for n, x in sd.items()}
+        share = 0.0
+        for i in range(POWERS):
+            total = self.ask(size, centre, LOST + i, 1.0, {f"towards/{n}": u for n, u in towards.items()})
+            away = {}
+            for n, u in towards.items():
+                seen = total[f"along/{n}"]
+                held = sites.root_precision @ (sd[n] * u) if n == "root" else sites.precision[n] * sd[n] * u
+                away[n] = np.where(seen == 0, 0.0, sd[n] * (held - scale[n] * seen))
+            share = math.sqrt(sum((w**2).sum() for w in away.values()) / sum((u**2).sum() for u in towards.values()))
+            size_of = max(max(np.abs(w).max(initial=0.0) for w in away.values()), 1e-12)
+            towards = {n: w / size_of for n, w in away.items()}
+        return share
 
     def tell(self, stage: str, centre: Centre, sites: Sites, scores: Scores, left: Residual) -> float:
         """Report the bound: the data's at the centre, and the laws' above it less what the sites took for the data."""
@@ -163,11 +194,11 @@ class Rows:
         """Everything that the next round needs."""
         on_checkpoint({**sites.arrays(), "root/loc": root}, step)
 
-    def fitted(self, sites: Sites, centre: Centre, settled: bool) -> Fitted:
+    def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
         """The guide's state: rows, and the root's normal approximation about its mode."""
         trainer, dim = self.trainer, self.trainer.study.space.dim
         rows = {k: v for k, v in sites.arrays().items() if k.startswith("site/")}
         trainer.state = rows
         gaussian = StudentT(centre.root, np.linalg.cholesky(self.upper.covariance(sites, centre.root)) if dim else np.zeros((0, 0)))
         points = gaussian.sample(trainer._normals("pool", POOL, dim), np.full(POOL, 0.5)) if dim else np.zeros((1, 0))
-        return trainer._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, settled, math.nan)
+        return replace(trainer._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, settled, math.nan), lost=lost)

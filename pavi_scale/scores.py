@@ -13,7 +13,7 @@ draws its own signs, so that they average out over a pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -102,6 +102,7 @@ class Probe:
         centre: Free block -> centre of the selected units, `[n, d]`.
         spread: Free block -> half distance.
         apart: Whether each root coordinate has a pair of its own, in which all else stays at the centre: gives the root's whole curvature.
+        towards: Block (and "root") -> direction to look along, in units of the half distances, in place of random signs.
     """
 
     root: np.ndarray
@@ -109,6 +110,7 @@ class Probe:
     centre: Mapping[str, np.ndarray]
     spread: Mapping[str, np.ndarray]
     apart: bool = False
+    towards: Mapping[str, np.ndarray] | None = None
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Scores:
         root_curvature: Minus second derivatives, `[R, R]`.
         score: Free block -> `[n, d]`.
         curvature: Free block -> diagonal, `[n, d]`.
+        along: Block (and "root") -> minus half the difference of gradients along the direction asked for.
     """
 
     value: float
@@ -128,6 +131,7 @@ class Scores:
     root_curvature: np.ndarray
     score: dict[str, np.ndarray]
     curvature: dict[str, np.ndarray]
+    along: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Block], at: Probe, split: str | None, first: bool, seed: int) -> Scores:
@@ -141,9 +145,14 @@ def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Blo
     told = np.flatnonzero(at.root_spread)
     signs = {b.name: rng.choice([-1.0, 1.0], at.centre[b.name].shape) for b in blocks}
     root_sign = rng.choice([-1.0, 1.0], len(at.root)) * (not at.apart)
+    if at.towards is not None:
+        signs, root_sign = {b.name: at.towards[b.name] for b in blocks}, at.towards["root"]
     value, (root_plus, root_minus), rows = _pair(
         guide, space, reduced, blocks, at, split, first, root_sign * at.root_spread, {b.name: signs[b.name] * at.spread[b.name] for b in blocks}, noise,
     )
+    if at.towards is not None:
+        along = {b.name: -0.5 * (rows[b.name][0] - rows[b.name][1]) for b in blocks}
+        return Scores(value, np.zeros(0), np.zeros((0, 0)), {}, {}, {**along, "root": -0.5 * (root_plus - root_minus)})
     curvature = np.zeros((len(at.root), len(at.root)))
     if at.apart:
         still = {b.name: np.zeros_like(at.centre[b.name]) for b in blocks}

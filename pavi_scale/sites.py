@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pavi_scale.batching import closure
 from pavi_scale.computation import StudyComputation
-from pavi_scale.guide.blocks import Block, lies_below
+from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import weights
 from pavi_scale.guide.local import Core, fit_core
@@ -232,7 +232,7 @@ def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> 
         limit = LONGEST * centre.sd[b] * (other + k)
         change = np.clip(change, -limit, limit)
         pull = held + change
-        # A pull without the precision that belongs to it would drag the scales above to infinity: no site lies further away than its own or the posterior's sds.
+        # A pull without the precision that belongs to it would drag the scales above to infinity: no site lies further off than its own sds.
         far = np.abs(pull) / LONGEST
         k = np.maximum(k, np.minimum(far**2, far / centre.sd[b]))
         loc[b], found[b] = centre.loc[b] + pull / k, k
@@ -240,7 +240,7 @@ def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> 
 
 
 def _root_site(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The root's site: a full matrix on the coordinates that the data speak of, made positive definite, and no step longer than a quarter of the prior's scale."""
+    """The root's site: gradient and a positive definite precision; no step is longer than a quarter of the prior's scale."""
     told = np.flatnonzero(centre.root_sd)
     k = np.zeros_like(sites.root_precision)
     held = sites.pull - sites.root_precision @ (centre.root - sites.root)
@@ -252,6 +252,3 @@ def _root_site(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) 
         limit = np.maximum(LONGEST * sd, 0.25 * scale[told]) * np.maximum(k.diagonal()[told], 1 / scale[told] ** 2)
         change[told] = np.clip(change[told], -limit, limit)
     return centre.root.copy(), held + change, k
-
-
-__all__ = ["Centre", "Residual", "Sites", "Upper", "lies_below", "residual", "updated"]
