@@ -36,7 +36,7 @@ PASSES = 8  # over the whole cohort at most
 CALM = 0.1  # sds that an update moves coordinates at most (root mean square) when the passes end
 WORST = 0.5  # the same of all but one in a thousand
 APART = 4  # root coordinates up to which each is probed by itself
-TASKS = 32  # parts of a round, whoever computes them
+TASKS = 16  # parts of a round, whoever computes them
 LEAST_PIECES = 4  # of a round
 POWERS = 4  # rounds that look for lost couplings
 LOST = 1_000_000
@@ -99,7 +99,7 @@ class Rows:
         study, seed = self.trainer.study, self.trainer.seed
         starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
         starts = starts if len(starts) else self.draws[:PRIOR_STARTS]
-        found = []
+        found: list[tuple[Sites, np.ndarray, float]] = []
         for attempt, point in enumerate(starts):
             if found and time.monotonic() > self.trainer.deadline:
                 break

@@ -20,8 +20,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pavi_scale.batching import closure
-from pavi_scale.computation import StudyComputation
+from pavi_scale.batching import closure, splittable
+from pavi_scale.computation import StudyComputation, flat_positions
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import weights
@@ -35,6 +35,8 @@ from pavi_scale.settings import precision
 
 LONGEST = 3.0  # posterior sds that one update may move a coordinate
 POINTS = 1 << 21  # coordinates x root points looked at together
+CURVATURE = 20_000_000  # the same for one curvature of the root
+LEAST_UNITS = 32
 LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
 
 
@@ -105,84 +107,97 @@ class Upper:
             self.reduced = Reduced(study.graph, selection, read(study.graph, selection, names, study.cohort), dtype=torch.float64, partial=True)
             self.space = RootSpace(study.graph, self.reduced)
         self.told = speaks_of(study.guide, study.space)
-        self.size = sum(self.reduced.count(b.plates) * b.dim for c in self.components for b in c.blocks)
-        self.hessian: np.ndarray | None = None
+        self.part = self._part(names)
 
-    def cores(self, sites: Sites, z: Tensor, *, differentiable: bool) -> tuple[Tensor, list[Core]]:
+    def _part(self, names: list[str]) -> Reduced:
+        """Some units, weighted to stand for all: enough for a curvature, of which a few thousandths do not matter."""
+        study = self.study
+        size = self.size(self.reduced) * 2 * max(1, len(self.scale))
+        tops = [p for p in splittable(study.graph.model, self.components) if any(p in self.reduced.graph.model.variables[n].plates for n in self.latents)]
+        if size <= CURVATURE or not tops:
+            return self.reduced
+        top = max(tops, key=lambda p: study.layout.cardinality[p])
+        n = study.layout.cardinality[top]
+        count = max(min(n, LEAST_UNITS), n * CURVATURE // size)
+        units = np.unique(np.linspace(0, n - 1, count).astype(np.int64))
+        unused = {p: u for p, u in self.reduced.selection.units.items() if len(u) < study.layout.cardinality[p] and not study.layout.plates[p].within}
+        selection = closure(study.layout, {**unused, top: units}, {top: n / len(units)})
+        with precision(torch.float64):
+            return Reduced(study.graph, selection, read(study.graph, selection, names, study.cohort), dtype=torch.float64, partial=True)
+
+    @property
+    def latents(self) -> list[str]:
+        """The latents of its blocks."""
+        return [n for c in self.components for b in c.blocks for n in b.latents]
+
+    def size(self, reduced: Reduced) -> int:
+        """Coordinates of its blocks."""
+        return sum(reduced.count(b.plates) * b.dim for c in self.components for b in c.blocks)
+
+    def cores(self, sites: Sites, z: Tensor, reduced: Reduced, *, differentiable: bool) -> tuple[Tensor, list[Core]]:
         """Log marginal of the root, `[K]`, and the Gaussian core of each component given it."""
         total = self.space.log_prior(z)
         away = z - torch.from_numpy(sites.root)
         total = total + away @ torch.from_numpy(sites.pull) - 0.5 * (away @ torch.from_numpy(sites.root_precision) * away).sum(1)
-        rows = {b: (torch.from_numpy(loc), torch.from_numpy(np.log(sites.precision[b]))) for b, loc in sites.loc.items()}
+        rows = {}
+        for b in self.blocks:
+            at = slice(None) if reduced is self.reduced else flat_positions(self.study.layout, reduced.selection, b)
+            rows[b.name] = torch.from_numpy(sites.loc[b.name][at]), torch.from_numpy(np.log(sites.precision[b.name][at]))
         values: dict[str, Value] = dict(self.space.values(z))
         cores = []
         for component in self.components:
-            local = LocalModel(component, self.reduced, values, rows, len(z))
+            local = LocalModel(component, reduced, values, rows, len(z))
             core = fit_core(local, differentiable=differentiable)
             total = total + core.log_marginal(weights(core))
             values.update(local.values(core.mode))
             cores.append(core)
         return total, cores
 
-    def bound(self, sites: Sites, points: np.ndarray, gradient: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def bound(self, sites: Sites, points: np.ndarray, reduced: Reduced | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Log marginal of the root at `[K, R]`, and its gradient."""
+        reduced = reduced or self.reduced
         found, grads = [], []
-        size = max(1, POINTS // max(1, self.size))
+        size = max(1, POINTS // max(1, self.size(reduced)))
         with precision(torch.float64):
             for start in range(0, len(points), size):
-                z = torch.tensor(points[start : start + size], requires_grad=gradient)
-                value, _ = self.cores(sites, z, differentiable=gradient)
+                z = torch.tensor(points[start : start + size], requires_grad=True)
+                value, _ = self.cores(sites, z, reduced, differentiable=True)
                 found.append(value.detach().numpy())
-                if gradient:
-                    (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
-                    grads.append(grad.numpy())
-        return np.concatenate(found), np.concatenate(grads) if gradient else np.zeros((0, points.shape[1]))
-
-    def curvature(self, sites: Sites, root: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Columns of minus the second derivative at a root point, `[R, len(columns)]`."""
-        steps = 1e-3 * self.scale[columns]
-        move = np.zeros((len(columns), len(root)))
-        move[np.arange(len(columns)), columns] = steps
-        _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
-        return np.asarray((grad[len(columns) :] - grad[: len(columns)]).T / (2 * steps))
+                (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
+                grads.append(grad.numpy())
+        return np.concatenate(found), np.concatenate(grads)
 
     def covariance(self, sites: Sites, root: np.ndarray) -> np.ndarray:
-        """Inverse curvature at a root point; directions of less curvature than the prior has are given the prior's."""
-        h = self.curvature(sites, root, np.arange(len(root)))
+        """Inverse curvature at a root point; directions of less curvature than a quarter of the prior's are given that."""
+        r = len(root)
+        move = np.diag(1e-3 * self.scale)
+        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), self.part)
+        h = (grad[r:] - grad[:r]) / (2e-3 * self.scale[:, None])
         h = 0.5 * (h + h.T) * self.scale[:, None] * self.scale
         values, vectors = np.linalg.eigh(h)
-        return np.asarray((vectors / np.maximum(values, 0.25)) @ vectors.T * self.scale[:, None] * self.scale)
+        return np.asarray((vectors / np.maximum(np.abs(values), 0.25)) @ vectors.T * self.scale[:, None] * self.scale)
 
     def solve(self, sites: Sites, start: np.ndarray) -> Centre:
         """Mode of the root's marginal from a start, and the free blocks there."""
-        root = start
-        if len(start):
-            # The sites' precision grows by orders of magnitude over the rounds: the search is scaled by the diagonal of the curvature.
-            told = self.curvature(sites, start, np.arange(len(start))).diagonal() if len(start) * self.size < POINTS else self._diagonal(sites, start)
-            unit = 1 / np.sqrt(np.maximum(np.abs(told), 0.25 / self.scale**2))
+        if not len(start):
+            return self.centre(sites, start)
+        # The sites' precision grows by orders of magnitude over the rounds: the search is whitened by the curvature.
+        factor = np.linalg.cholesky(self.covariance(sites, start))
 
-            def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
-                value, grad = self.bound(sites, (start + unit * y)[None])
-                if not (np.isfinite(value[0]) and np.isfinite(grad).all()):
-                    return 1e300, np.zeros_like(y)
-                return -float(value[0]), -grad[0] * unit
+        def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
+            value, grad = self.bound(sites, (start + factor @ y)[None])
+            if not (np.isfinite(value[0]) and np.isfinite(grad).all()):
+                return 1e300, np.zeros_like(y)
+            return -float(value[0]), -grad[0] @ factor
 
-            found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 100, "maxiter": 100, "ftol": 1e-12, "gtol": 1e-3})
-            root = start + unit * found.x
-        return self.centre(sites, root)
-
-    def _diagonal(self, sites: Sites, root: np.ndarray) -> np.ndarray:
-        """A rough diagonal of the curvature, by random signs."""
-        steps = 1e-3 * self.scale
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (8, len(root)))
-        _, grad = self.bound(sites, np.concatenate([root + signs * steps, root - signs * steps]))
-        return np.asarray((signs * (grad[8:] - grad[:8]) / (2 * steps)).mean(0))
+        found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": 5e-3})
+        return self.centre(sites, start + factor @ found.x)
 
     def centre(self, sites: Sites, root: np.ndarray) -> Centre:
         """The free blocks at a root point."""
         loc, sd = {}, {}
         with precision(torch.float64), torch.no_grad():
-            value, cores = self.cores(sites, torch.tensor(root[None]), differentiable=False)
+            value, cores = self.cores(sites, torch.tensor(root[None]), self.reduced, differentiable=False)
             for component, core in zip(self.components, cores, strict=True):
                 for block in component.blocks:
                     if block.free:
@@ -192,9 +207,12 @@ class Upper:
                         )
                         sd[block.name] = np.sqrt(scale)
         root_sd = np.zeros(len(root))
+        move = np.zeros((len(self.told), len(root)))
+        move[np.arange(len(self.told)), self.told] = 1e-3 * self.scale[self.told]
         if len(self.told):
-            curvature = self.curvature(sites, root, self.told)[self.told].diagonal()
-            root_sd[self.told] = 1 / np.sqrt(np.maximum(curvature, 0.25 / self.scale[self.told] ** 2))
+            _, grad = self.bound(sites, np.concatenate([root + move, root - move]), self.part)
+            own = (grad[len(move) :] - grad[: len(move)])[np.arange(len(move)), self.told] / (2e-3 * self.scale[self.told])
+            root_sd[self.told] = 1 / np.sqrt(np.maximum(own, 0.25 / self.scale[self.told] ** 2))
         return Centre(root, root_sd, float(value[0]), loc, sd)
 
     def initial(self, root: np.ndarray, loc: Mapping[str, np.ndarray]) -> Sites:

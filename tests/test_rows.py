@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
