@@ -19,7 +19,7 @@ import numpy as np
 from pavi_scale.batching import shards
 from pavi_scale.guide.blocks import lies_below
 from pavi_scale.guide.root import StudentT
-from pavi_scale.marginal import whitening
+from pavi_scale.marginal import refit, whitening
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
@@ -39,9 +39,14 @@ APART = 4  # root coordinates up to which each is probed by itself
 TASKS = 16  # parts of a round, whoever computes them
 LEAST_PIECES = 4  # of a round
 POWERS = 4  # rounds that look for lost couplings
+LOOKED = 16  # share of the cohort that they look at, at most
 LOST = 1_000_000
 CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 4
+PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
+REFITTED = 40  # root coordinates up to which the root is refitted by importance
+REFIT_POINTS = 4096
+REFIT_VALUES = 1_000_000_000  # points x coordinates that a refit may take
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
@@ -162,7 +167,7 @@ class Rows:
 
         The largest eigenvalue of S (K - H) S by power iteration: K the sites' precision, H the data's curvature, S posterior sds given all else.
         """
-        size = self.sizes[-2] if len(self.sizes) > 1 else self.count
+        size = max([s for s in self.sizes if s <= self.count // LOOKED], default=self.sizes[0])
         blocks, plates = self.upper.blocks, self.trainer.study.layout.plates
         rng = np.random.default_rng(stream(self.trainer.seed, "lost") % 2**63)
         scale = {b.name: 1.0 if self.split and lies_below(plates, b.plates, (self.split,)) else self.count / size for b in blocks} | {"root": self.count / size}
@@ -195,10 +200,19 @@ class Rows:
         on_checkpoint({**sites.arrays(), "root/loc": root}, step)
 
     def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
-        """The guide's state: rows, and the root's normal approximation about its mode."""
-        trainer, dim = self.trainer, self.trainer.study.space.dim
-        rows = {k: v for k, v in sites.arrays().items() if k.startswith("site/")}
-        trainer.state = rows
-        gaussian = StudentT(centre.root, np.linalg.cholesky(self.upper.covariance(sites, centre.root)) if dim else np.zeros((0, 0)))
-        points = gaussian.sample(trainer._normals("pool", POOL, dim), np.full(POOL, 0.5)) if dim else np.zeros((1, 0))
-        return replace(trainer._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, settled, math.nan), lost=lost)
+        """The guide's state: rows, and the root given them - refitted by importance where it is small, else its best Gaussian."""
+        trainer, dim, upper = self.trainer, self.trainer.study.space.dim, self.upper
+        trainer.state = {k: v for k, v in sites.arrays().items() if k.startswith("site/")}
+        if dim == 0:
+            fitted = trainer._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), settled, math.nan)
+            return replace(fitted, lost=lost)
+        mean, cov = upper.average(sites, centre.root, trainer._normals("average", PAIRS, dim))
+        if dim <= REFITTED and upper.size(upper.reduced) * REFIT_POINTS <= REFIT_VALUES:
+            pool = refit(
+                lambda points, _: (upper.bound(sites, points)[0], None), mean, cov, seed=trainer.seed, per_round=256, target=1000.0, max_points=REFIT_POINTS,
+                deadline=trainer.deadline, on_step=trainer.tell,
+            )
+            return replace(trainer._fitted(pool.points, pool.weight, pool.gaussian, settled, pool.khat), lost=lost)
+        gaussian = StudentT(mean, np.linalg.cholesky(cov))
+        points = gaussian.sample(trainer._normals("pool", POOL, dim), np.full(POOL, 0.5))
+        return replace(trainer._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, settled, math.nan), lost=lost)

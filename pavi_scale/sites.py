@@ -37,6 +37,7 @@ LONGEST = 3.0  # posterior sds that one update may move a coordinate
 POINTS = 1 << 21  # coordinates x root points looked at together
 CURVATURE = 20_000_000  # the same for one curvature of the root
 LEAST_UNITS = 32
+AVERAGED = 3  # Newton steps from the root's mode to its mean
 LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
 
 
@@ -192,6 +193,24 @@ class Upper:
 
         found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": 5e-3})
         return self.centre(sites, start + factor @ found.x)
+
+    def average(self, sites: Sites, root: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Location and covariance of the Gaussian that fits the root's marginal best on average (E[gradient] = 0), from its mode.
+
+        A mode of locations and log scales together puts the scales too low, by a factor sqrt(1 - 1/n) for n units about an unknown mean.
+
+        Args:
+            sites: What stands for the data.
+            root: Where to start, `[R]`.
+            normals: Standard normals, `[P, R]`, used with both signs.
+        """
+        for _ in range(AVERAGED):
+            covariance = self.covariance(sites, root)
+            move = normals @ np.linalg.cholesky(covariance).T
+            _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
+            step = covariance @ grad.mean(0)
+            root = root + step * min(1.0, 1.0 / max(float(np.abs(step / np.sqrt(np.diagonal(covariance))).max()), 1e-12))
+        return root, self.covariance(sites, root)
 
     def centre(self, sites: Sites, root: np.ndarray) -> Centre:
         """The free blocks at a root point."""
