@@ -19,7 +19,7 @@ from pavi_scale.batching import Shard, closure, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
 from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import NumericalError
-from pavi_scale.guide.blocks import Block, Component
+from pavi_scale.guide.blocks import Block, Component, inputs_of
 from pavi_scale.guide.correction import Corrections, observations
 from pavi_scale.guide.curvature import LocalModel, absorbable
 from pavi_scale.guide.gaussian import Tree
@@ -35,7 +35,7 @@ from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
-from pavi_scale.scores import Probe, probe
+from pavi_scale.scores import gather
 from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
@@ -119,6 +119,12 @@ class StudyComputation:
             return self.reduced(closure(self.layout, {split: units}, {split: float(task["scale"])}), key=("sample", task["size"], shard.start)), shard
         shard = Shard(*task["shard"])
         return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
+
+    def _piece(self, piece: Any, first: bool) -> tuple[Reduced, bool]:
+        self._settle()
+        if isinstance(piece, tuple):
+            return self.shard({"shard": piece})[0], bool(piece[3])
+        return self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes())), first
 
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
@@ -295,37 +301,9 @@ class StudyComputation:
         return {"elbo": np.asarray(float(total.detach())), **out}
 
     def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """What the data say of root and free blocks about `centre/*`, `spread/*` (see `scores`): sums over the task's pieces.
-
-        A piece is a shard, or an array of units of the split plate. With `towards/*` in the state, only `along/*`.
-        """
-        blocks = [b for b in self.guide.blocks if b.free]
-        sums: dict[str, np.ndarray] = {}
-        for number, piece in enumerate(task["pieces"]):
-            if isinstance(piece, tuple):
-                reduced, _ = self.shard({"shard": piece})
-                first = bool(piece[3])
-            else:
-                first = bool(task["first"]) and number == 0
-                reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes()))
-            rows = {b.name: flat_positions(self.layout, reduced.selection, b) for b in blocks}
-            towards = {n: state[f"towards/{n}"][r] for n, r in rows.items()} | {"root": state["towards/root"]} if "towards/root" in state else None
-            at = Probe(
-                state["root/centre"], state["root/spread"], {n: state[f"centre/{n}"][r] for n, r in rows.items()},
-                {n: state[f"spread/{n}"][r] for n, r in rows.items()}, bool(task["apart"]), towards,
-            )
-            found = probe(self.guide, self.space, reduced, blocks, at, self.settings.split, first, stream(int(task["seed"]), number))
-            parts = {"value": np.asarray(found.value), "root": found.root, "root_curvature": found.root_curvature}
-            if towards is not None:
-                parts = {"along/root": found.along.pop("root")}
-            for key, value in parts.items():
-                sums[key] = sums[key] + value if key in sums else value
-            for kind, tables in (("score", found.score), ("curvature", found.curvature), ("along", found.along)):
-                for name, table in tables.items():
-                    if f"{kind}/{name}" not in sums:
-                        sums[f"{kind}/{name}"] = np.zeros_like(state[f"centre/{name}"])
-                    sums[f"{kind}/{name}"][rows[name]] += table
-        return sums
+        """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
+        pieces = (self._piece(piece, bool(task["first"]) and number == 0) for number, piece in enumerate(task["pieces"]))
+        return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""
@@ -395,12 +373,6 @@ def spent(components: Sequence[Component], model: Model) -> dict[str, list[tuple
             if model.variables[p].kind != "latent":
                 readers.setdefault(p, []).append(v.name)
     return {name: [(laws[r][0].name, r) for r in who] for name, who in readers.items() if all(r in laws for r in who)}
-
-
-def inputs_of(model: Model, component: Component) -> list[str]:
-    """Covariates that the laws of a component's own latents read."""
-    own = {n for b in component.blocks for n in b.latents}
-    return [n for n in model.variables if model.variables[n].kind == "covariate" and any(n in model.variables[o].parents for o in own)]
 
 
 def flat_positions(layout: Layout, selection: Selection, block: Block) -> np.ndarray:

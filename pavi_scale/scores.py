@@ -12,7 +12,7 @@ draws its own signs, so that they average out over a pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide, weights
 from pavi_scale.guide.local import Noise, draw, fit_core
 from pavi_scale.guide.root import RootSpace
+from pavi_scale.plates import Layout, Selection
 from pavi_scale.reduced import Reduced, Value
 from pavi_scale.rng import stream
 
@@ -189,3 +190,44 @@ def _pair(
         grads = torch.autograd.grad(surrogate.sum(), [z, *rows.values()], allow_unused=True, materialize_grads=True)
     found = [g.to(torch.float64).numpy() for g in grads]
     return float(bound.to(torch.float64).mean()), found[0], dict(zip(rows, found[1:], strict=True))
+
+
+def gather(
+    guide: Guide, space: RootSpace, split: str | None, state: Mapping[str, np.ndarray], pieces: Iterable[tuple[Reduced, bool]],
+    positions: Callable[[Layout, Selection, Block], np.ndarray], apart: bool, seed: int,
+) -> dict[str, np.ndarray]:
+    """Scores at `centre/*`, `spread/*` of a state, summed over pieces: `value`, `root`, `root_curvature`, and `score/*`, `curvature/*` as whole tables.
+
+    With `towards/*` in the state, `along/*` only.
+
+    Args:
+        guide: The guide.
+        space: Root coordinates.
+        split: The plate that pieces divide.
+        state: Named arrays.
+        pieces: Reduced models, each with whether it answers for what does not depend on the split plate.
+        positions: Rows of a selection's units in the table of a block.
+        apart: As in `Probe`.
+        seed: Seed of signs and noise.
+    """
+    blocks = [b for b in guide.blocks if b.free]
+    sums: dict[str, np.ndarray] = {}
+    for number, (reduced, first) in enumerate(pieces):
+        rows = {b.name: positions(reduced.selection.layout, reduced.selection, b) for b in blocks}
+        towards = {n: state[f"towards/{n}"][r] for n, r in rows.items()} | {"root": state["towards/root"]} if "towards/root" in state else None
+        at = Probe(
+            state["root/centre"], state["root/spread"], {n: state[f"centre/{n}"][r] for n, r in rows.items()},
+            {n: state[f"spread/{n}"][r] for n, r in rows.items()}, apart, towards,
+        )
+        found = probe(guide, space, reduced, blocks, at, split, first, stream(seed, number))
+        parts = {"value": np.asarray(found.value), "root": found.root, "root_curvature": found.root_curvature}
+        if towards is not None:
+            parts = {"along/root": found.along.pop("root")}
+        for key, value in parts.items():
+            sums[key] = sums[key] + value if key in sums else value
+        for kind, tables in (("score", found.score), ("curvature", found.curvature), ("along", found.along)):
+            for name, table in tables.items():
+                if f"{kind}/{name}" not in sums:
+                    sums[f"{kind}/{name}"] = np.zeros_like(state[f"centre/{name}"])
+                sums[f"{kind}/{name}"][rows[name]] += table
+    return sums

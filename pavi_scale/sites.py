@@ -29,7 +29,7 @@ from pavi_scale.guide.local import Core, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.moments import conditional_moments
 from pavi_scale.plates import ancestors
-from pavi_scale.reduced import Reduced, Value, read
+from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.scores import Scores, speaks_of, upper
 from pavi_scale.settings import precision
 
@@ -105,7 +105,7 @@ class Upper:
         named = {n for v in laws for n in (v.name, *v.parents)} | {p for v in model.latents if not v.plates for p in v.parents}
         names = [n for n in model.variables if n in named and model.variables[n].kind != "latent"]
         with precision(torch.float64):
-            self.reduced = Reduced(study.graph, selection, read(study.graph, selection, names, study.cohort), dtype=torch.float64, partial=True)
+            self.reduced = Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
             self.space = RootSpace(study.graph, self.reduced)
         self.told = speaks_of(study.guide, study.space)
         self.part = self._part(names)
@@ -124,7 +124,7 @@ class Upper:
         unused = {p: u for p, u in self.reduced.selection.units.items() if len(u) < study.layout.cardinality[p] and not study.layout.plates[p].within}
         selection = closure(study.layout, {**unused, top: units}, {top: n / len(units)})
         with precision(torch.float64):
-            return Reduced(study.graph, selection, read(study.graph, selection, names, study.cohort), dtype=torch.float64, partial=True)
+            return Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
 
     @property
     def latents(self) -> list[str]:

@@ -85,7 +85,7 @@ def test_rows_of_separate_groups_give_the_exact_posterior(monkeypatch):
     monkeypatch.setattr(rows, "FIRST", 30)  # so that selections grow
     found = ps.fit(model, data, progress=False)
     assert (exact.status, found.status) == ("ok", "ok")
-    assert set(found.datatree["fit"]["stage"].values) == {"start", "sites", "pass"}
+    assert set(found.datatree["fit"]["stage"].values) == {"start", "sites", "pass", "refit"}
     for name in ("theta", "mu", "tau"):
         mean, sd = (np.asarray(exact.datatree[g][name]) for g in ("posterior_mean", "posterior_sd"))
         shift = (np.asarray(found.datatree["posterior_mean"][name]) - mean) / sd
