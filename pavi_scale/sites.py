@@ -36,7 +36,7 @@ from pavi_scale.settings import precision
 LONGEST = 3.0  # posterior sds that one update may move a coordinate
 POINTS = 1 << 21  # coordinates x root points looked at together
 CURVATURE = 20_000_000  # the same for one curvature of the root
-LEAST_UNITS = 32
+LEAST_UNITS = 8
 AVERAGED = 3  # Newton steps from the root's mode to its mean
 LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
 
@@ -108,18 +108,19 @@ class Upper:
             self.reduced = Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
             self.space = RootSpace(study.graph, self.reduced)
         self.told = speaks_of(study.guide, study.space)
-        self.part = self._part(names)
+        self.part = self._part(names, CURVATURE)
+        self.coarse = self._part(names, CURVATURE // 10)
 
-    def _part(self, names: list[str]) -> Reduced:
+    def _part(self, names: list[str], values: int) -> Reduced:
         """Some units, weighted to stand for all: enough for a curvature, of which a few thousandths do not matter."""
         study = self.study
         size = self.size(self.reduced) * 2 * max(1, len(self.scale))
         tops = [p for p in splittable(study.graph.model, self.components) if any(p in self.reduced.graph.model.variables[n].plates for n in self.latents)]
-        if size <= CURVATURE or not tops:
+        if size <= values or not tops:
             return self.reduced
         top = max(tops, key=lambda p: study.layout.cardinality[p])
         n = study.layout.cardinality[top]
-        count = max(min(n, LEAST_UNITS), n * CURVATURE // size)
+        count = max(min(n, LEAST_UNITS), n * values // size)
         units = np.unique(np.linspace(0, n - 1, count).astype(np.int64))
         unused = {p: u for p, u in self.reduced.selection.units.items() if len(u) < study.layout.cardinality[p] and not study.layout.plates[p].within}
         selection = closure(study.layout, {**unused, top: units}, {top: n / len(units)})
@@ -168,11 +169,11 @@ class Upper:
                 grads.append(grad.numpy())
         return np.concatenate(found), np.concatenate(grads)
 
-    def covariance(self, sites: Sites, root: np.ndarray) -> np.ndarray:
+    def covariance(self, sites: Sites, root: np.ndarray, reduced: Reduced | None = None) -> np.ndarray:
         """Inverse curvature at a root point; directions of less curvature than a quarter of the prior's are given that."""
         r = len(root)
         move = np.diag(1e-3 * self.scale)
-        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), self.part)
+        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), reduced or self.part)
         h = (grad[r:] - grad[:r]) / (2e-3 * self.scale[:, None])
         h = 0.5 * (h + h.T) * self.scale[:, None] * self.scale
         values, vectors = np.linalg.eigh(h)
@@ -183,7 +184,7 @@ class Upper:
         if not len(start):
             return self.centre(sites, start)
         # The sites' precision grows by orders of magnitude over the rounds: the search is whitened by the curvature.
-        factor = np.linalg.cholesky(self.covariance(sites, start))
+        factor = np.linalg.cholesky(self.covariance(sites, start, self.coarse))
 
         def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
             value, grad = self.bound(sites, (start + factor @ y)[None])

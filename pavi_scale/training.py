@@ -1,7 +1,8 @@
 """The driver's loops: what is asked of the engine, round after round, and what is done with the answers.
 
 Two ways lead to a root posterior. If every block's pool is local, the marginal bound is maximised and the root refitted to it (`marginal`).
-If some blocks have free rows, root and rows climb the reduced ELBO together by Adam over random selections.
+Blocks with free
+rows are trained by `rows`.
 """
 
 from __future__ import annotations
