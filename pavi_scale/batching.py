@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pavi_scale.guide.blocks import Component, lies_below
+from pavi_scale.guide.blocks import Block, Component, lies_below
 from pavi_scale.model.template import Model
 from pavi_scale.plates import Layout, Selection, ancestors
 from pavi_scale.rng import stream
@@ -159,3 +159,9 @@ def batches(layout: Layout, plates: Mapping[str, int], seed: int, cells: Mapping
     sources = {p: one(p, min(size, layout.cardinality[p])) for p, size in plates.items()}
     while True:
         yield {p: next(s) for p, s in sources.items()}
+
+
+def flat_positions(layout: Layout, selection: Selection, block: Block) -> np.ndarray:
+    """Positions of the selected units of a block in its table of rows."""
+    grid = np.ix_(*(selection.units[p] for p in block.plates))
+    return np.ravel_multi_index(grid, [layout.cardinality[p] for p in block.plates]).ravel()

@@ -15,27 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pavi_scale.batching import Shard, closure, splittable
+from pavi_scale.batching import Shard, closure, flat_positions, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
-from pavi_scale.elbo import Weights, correctors, local_elbo, reduced_elbo
+from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import NumericalError
-from pavi_scale.guide.blocks import Block, Component
+from pavi_scale.guide.blocks import Block, Component, inputs_of
 from pavi_scale.guide.correction import Corrections, observations
-from pavi_scale.guide.curvature import LocalModel, absorbable
+from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
 from pavi_scale.guide.mode import explore
 from pavi_scale.guide.root import RootSpace
+from pavi_scale.guide.terms import spent
 from pavi_scale.holding import Holding, Key
 from pavi_scale.memory import keep_freed_memory, release_freed_memory
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
 from pavi_scale.moments import Moments
+from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
+from pavi_scale.scores import gather
 from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
@@ -120,6 +123,12 @@ class StudyComputation:
             return self.reduced(closure(self.layout, {split: units}, {split: float(task["scale"])}), key=("sample", task["size"], shard.start)), shard
         shard = Shard(*task["shard"])
         return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
+
+    def _piece(self, piece: Any, first: bool) -> tuple[Reduced, bool]:
+        self._settle()
+        if isinstance(piece, tuple):
+            return self.shard({"shard": piece})[0], bool(piece[3])
+        return self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes())), first
 
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
@@ -319,24 +328,10 @@ class StudyComputation:
         out.update({f"at/residual/{b}": flat_positions(self.layout, selection, self.block(b)) for b in residuals})
         return {"elbo": np.asarray(float(total.detach())), **out}
 
-    def task_step(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Reduced ELBO and its gradient with respect to root block and sites, on one random selection.
-
-        The task brings the rows of the units it selects: `site/<block>` `[n, 2 d]`.
-        """
-        selection = closure(self.layout, task["units"], task["weight"])
-        reduced = self.reduced(selection, key=("whole",) if not task["units"] else None)
-        leaves = {k: torch.tensor(state[k], dtype=self.dtype, requires_grad=True) for k in ("root/loc", "root/raw")}
-        sites = {b: torch.tensor(task[f"site/{b.name}"], dtype=self.dtype, requires_grad=True) for b in self.guide.blocks if b.free}
-        weights = Weights(leaves["root/loc"], leaves["root/raw"], {b.name: tuple(t.chunk(2, -1)) for b, t in sites.items()})  # type: ignore[misc]
-        seed, particles = int(task["seed"]), int(task["particles"])
-        generator = torch.Generator().manual_seed(stream(seed, "root") % 2**63)
-        eps = torch.randn(particles, len(state["root/loc"]), generator=generator, dtype=self.dtype)
-        elbo = reduced_elbo(self.guide, reduced, self.space, weights, eps, generator_noise(stream(seed, "local"), self.dtype)).mean()
-        tensors = [*leaves.values(), *sites.values()]
-        grads = torch.autograd.grad(elbo, tensors, allow_unused=True, materialize_grads=True)
-        keys = [*leaves, *(f"site/{b.name}" for b in sites)]
-        return {"elbo": np.asarray(float(elbo.detach())), **{f"grad/{k}": g.to(torch.float64).numpy() for k, g in zip(keys, grads, strict=True)}}
+    def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
+        pieces = (self._piece(piece, bool(task["first"]) and number == 0) for number, piece in enumerate(task["pieces"]))
+        return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""
@@ -395,41 +390,3 @@ class StudyComputation:
     def block(self, name: str) -> Block:
         """A block by name."""
         return next(b for b in self.guide.blocks if b.name == name)
-
-
-def spent(components: Sequence[Component], model: Model) -> dict[str, list[tuple[str, str]]]:
-    """Data that nobody needs once the laws that read them are summed up: variable -> keys of those laws in `Reduced.absorbed`."""
-    laws = {f.variable: (c, f) for c in components for f in c.factors if model.variables[f.variable].kind == "observed" and absorbable(c, f, model)}
-    readers: dict[str, list[str]] = {v.name: [v.name] for v in model.of_kind("observed")}
-    for v in model.variables.values():
-        for p in v.parents:
-            if model.variables[p].kind != "latent":
-                readers.setdefault(p, []).append(v.name)
-    return {name: [(laws[r][0].name, r) for r in who] for name, who in readers.items() if all(r in laws for r in who)}
-
-
-def inputs_of(model: Model, component: Component) -> list[str]:
-    """Covariates that the laws of a component's own latents read."""
-    own = {n for b in component.blocks for n in b.latents}
-    return [n for n in model.variables if model.variables[n].kind == "covariate" and any(n in model.variables[o].parents for o in own)]
-
-
-def flat_positions(layout: Layout, selection: Selection, block: Block) -> np.ndarray:
-    """Positions of the selected units of a block in its table of rows."""
-    grid = np.ix_(*(selection.units[p] for p in block.plates))
-    return np.ravel_multi_index(grid, [layout.cardinality[p] for p in block.plates]).ravel()
-
-
-def generator_noise(seed: int, dtype: torch.dtype) -> Any:
-    """Independent normals for every particle."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return lambda block, shape: torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def shared_noise(seed: int, dtype: torch.dtype) -> Any:
-    """The same normals whenever they are asked for: differences between root points keep less noise."""
-    def noise(block: Block, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator().manual_seed(stream(seed, block.name) % 2**63)
-        return torch.randn(shape, generator=generator, dtype=dtype)
-
-    return noise

@@ -16,6 +16,7 @@ SAMPLES = 128  # draws per unit: a tail of 26
 LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
 EFFICIENT = 0.3  # relative effective sample size that makes a high k-hat harmless
 EFFECTIVE = 10.0  # candidates of a unit that should carry its weight
+LOST = 0.5  # share of a direction's precision that its couplings would take away: at half, the variance there is twice what the fit says
 UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
 PROBED = 2_000
 Table = tuple[tuple[str, ...], np.ndarray | float]  # dimensions and values
@@ -78,7 +79,7 @@ def status_of(facts: Mapping[str, Any], poor: Sequence[np.ndarray], root: float 
     """
     if not facts["converged"]:
         return "unconverged"
-    if facts.get("modes", 1) > 1:
+    if facts.get("modes", 1) > 1 or facts.get("lost", 0.0) > LOST:
         return "unreliable"
     if root is not None and not root <= LIMIT and facts.get("efficiency", 0.0) < EFFICIENT:
         return "unreliable"

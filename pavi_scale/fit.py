@@ -23,6 +23,7 @@ from pavi_scale.planning import Plan
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.progress import Progress
 from pavi_scale.recording import encoding_from, encoding_record, find_model, record, reopen_cohort
+from pavi_scale.rows import Rows
 from pavi_scale.run import Run
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Engine
@@ -219,7 +220,7 @@ def train(
         def checkpoint(state: dict[str, np.ndarray], step: int) -> None:
             run.commit(state, {"phase": "training", "step": step})
 
-        fitted = trainer.stochastic(checkpoint, resumed)
+        fitted = Rows(trainer).fit(checkpoint, resumed)
     else:
         fitted = trainer.marginal(study.trained)
     facts = facts_of(fitted, time.monotonic() - began, deadline)
@@ -240,6 +241,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
         "khat_root": khat,
         "modes": fitted.modes,
         "efficiency": fitted.efficiency,
+        "lost": fitted.lost,
         "trace": trace,
         "trace_seconds": fitted.seconds,
         "history": {"step": [i for i, _, _ in few], "loc": [loc.tolist() for _, loc, _ in few], "sd": [sd.tolist() for _, _, sd in few]},

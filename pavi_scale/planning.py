@@ -13,6 +13,7 @@ from pavi_scale.plates import Layout
 
 PROCESS_BYTES = 520 << 20  # a Python process with torch, zarr and xarray loaded: measured resident set, rounded up
 TEMPORARIES = 24  # arrays of the size of one chunk's values that a second-order expansion holds at its peak; measured by tests/test_memory.py
+SITE_ARRAYS = 40  # sites, centres, widths; score and curvature from each of up to 16 tasks of a round
 ROOT_PASSES = 12  # full-data rounds of the finish, typically
 
 
@@ -26,7 +27,7 @@ class Plan:
         cache_bytes: Data kept in memory between rounds, per process.
         chunk: Ground units x particles computed at once.
         chunk_bytes: Working memory of one chunk.
-        table_bytes: Free and hybrid rows with their optimiser moments.
+        table_bytes: Free rows, and what is gathered of them.
         index_bytes: Parent positions of ragged and crossed plates.
         disk_bytes: Stored posterior (mean and sd).
         processes: Processes that compute.
@@ -97,7 +98,7 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
     width = max((math.prod(guide.graph.shape(v)) for v in model.of_kind("latent", "observed")), default=1)
     columns = max((sum(b.dim if not c.elementwise else len(b.sizes) for b in c.blocks) for c in guide.components), default=1)
     per_unit = itemsize * TEMPORARIES * (width + min(columns, 64) * 4)
-    tables = 3 * 8 * sum(2 * b.dim * math.prod(layout.cardinality[p] for p in b.plates) for b in guide.blocks if b.free)
+    tables = SITE_ARRAYS * 8 * sum(b.dim * math.prod(layout.cardinality[p] for p in b.plates) for b in guide.blocks if b.free)
     index = sum(2 * x.nbytes for x in layout.index.values())
     whole = max((math.prod(layout.cardinality[p] for p in v.plates) for v in model.of_kind("observed", "latent")), default=1)
     room = budget - PROCESS_BYTES - tables - index

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pavi_scale import rng
-from pavi_scale.batching import closure, shards, splittable
-from pavi_scale.computation import Arrays, StudyComputation, flat_positions
+from pavi_scale.batching import closure, flat_positions, shards, splittable
+from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.elbo import correctors, log_root
 from pavi_scale.guide.blocks import Block, Component, lies_below
 from pavi_scale.guide.curvature import LocalModel

@@ -1,7 +1,8 @@
 """The driver's loops: what is asked of the engine, round after round, and what is done with the answers.
 
 Two ways lead to a root posterior. If every block's pool is local, the marginal bound is maximised and the root refitted to it (`marginal`).
-If some blocks have free rows, root and rows climb the reduced ELBO together by Adam over random selections.
+Blocks with free
+rows are trained by `rows`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 import torch
 from scipy.stats import norm, qmc
 
-from pavi_scale.batching import batches, closure, shards, splittable
-from pavi_scale.computation import FEW_CANDIDATES, StudyComputation, flat_positions
+from pavi_scale.batching import batches, shards, splittable
+from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
 from pavi_scale.diagnosing import EFFECTIVE
-from pavi_scale.guide.blocks import coordinates, fan_in
-from pavi_scale.guide.curvature import absorbable
+from pavi_scale.guide.blocks import coordinates
 from pavi_scale.guide.root import StudentT
+from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
@@ -64,6 +65,7 @@ class Fitted:
         efficiency: Effective sample size of the root's weights over their number.
         seconds: Of each entry of the trace, since `began`.
         history: q(root) on the way: (entry of the trace, location, standard deviation), unconstrained.
+        lost: Largest share of its precision that a direction has only because free rows are not coupled.
     """
 
     state: dict[str, np.ndarray]
@@ -74,6 +76,7 @@ class Fitted:
     efficiency: float = 0.0
     seconds: list[float] = field(default_factory=list)
     history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    lost: float = 0.0
 
 
 @dataclass
@@ -318,147 +321,6 @@ class Trainer:
         weight = {p: -(-layout.cardinality[p] // cells[p]) / max(1, size // cells[p]) for p, size in sizes.items()}
         for chosen in batches(layout, sizes, self.seed, cells):
             yield chosen, weight
-
-    # -- free rows ----------------------------------------------------------------------------------------------------------
-
-    def stochastic(self, on_checkpoint: Callable[[dict[str, np.ndarray], int], None], resumed: tuple[dict[str, np.ndarray], int] | None = None) -> Fitted:
-        """Root block and free rows by Adam over random selections; stops when the ELBO has levelled, after annealing the step."""
-        space = self.study.space
-        draws = space.prior_draws(256, stream(self.seed, "prior") % 2**31)
-        loc, scale = whitening(draws) if space.dim else (np.zeros(0), np.zeros(0))
-        if resumed is None:
-            self.state = self._restart(draws, scale)
-        else:
-            self.state = dict(resumed[0])
-        schedule = Levelling()
-        adam = self._adam(scale)
-        source = self._batches(self.study.settings.chunk // 16)
-        average: dict[str, np.ndarray] = {}
-        averaged = 0
-        step = 0
-        while not schedule.done(time.monotonic() > self.deadline):
-            value = self._step(adam, source, step, schedule.rate())
-            schedule.add(value)
-            step += 1
-            if schedule.annealing > 0.3:  # iterate averaging: what is left of the selections' noise
-                averaged += 1
-                for k, v in self.state.items():
-                    average[k] = v.copy() if averaged == 1 else average[k] + (v - average[k]) / averaged
-            self.tell("elbo", value)
-            if step % 200 == 0:
-                on_checkpoint({k: v for k, v in self.state.items()}, step)
-        self.state.update(average)
-        raw = self.state["root/raw"]
-        gaussian = StudentT(self.state["root/loc"], np.tril(raw, -1) + np.diag(np.exp(np.diagonal(raw))))
-        points = gaussian.sample(self._normals("pool", POOL, space.dim), np.full(POOL, 0.5)) if space.dim else np.zeros((1, 0))
-        return self._fitted(points, np.full(len(points), 1.0 / len(points)), gaussian, schedule.levelled, math.nan)
-
-    def _adam(self, scale: np.ndarray) -> Adam:
-        # Adam's first steps are all of the same length: hundreds of off-diagonal entries in a row of L would drown the diagonal.
-        coupling = 0.1 / len(scale) if 0 < len(scale) <= FULL_RANK else 0.0
-        sites = {f"site/{b.name}": np.repeat([1.0, 2.0], b.dim) for b in self.study.guide.blocks if b.free}
-        return Adam(rate=0.05, scale={**sites, "root/loc": scale, "root/raw": np.where(np.eye(len(scale)) > 0, 1.0, scale[:, None] * coupling)})
-
-    def _initial(self, root: np.ndarray, scale: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        study = self.study
-        state = {"root/loc": root.copy(), "root/raw": np.diag(np.log(0.1 * scale)) if len(scale) else np.zeros((0, 0))}
-        for block in study.guide.blocks:
-            if block.free:
-                n = math.prod(study.layout.cardinality[p] for p in block.plates)
-                rows = study.prior_rows(block, root, n, seed)
-                # Information grows with the children; a site that starts too wide lets its parents take the data's precision for their own.
-                rows[:, block.dim :] = math.log(max(1.0, fan_in(study.graph, study.layout.cardinality, block) / 10))
-                state[f"site/{block.name}"] = rows
-        return state
-
-    def _restart(self, draws: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-        """Short runs from several prior draws on small selections; the best goes on (mixtures have poor local optima)."""
-        best, best_value = None, -math.inf
-        centres = start_points(self.study, draws, self.seed)
-        points = centres if len(centres) else draws[:PRIOR_STARTS]
-        for attempt, point in enumerate(points):
-            if best is not None and time.monotonic() > self.deadline:
-                break
-            self.state = self._initial(point, scale, stream(self.seed, "start", attempt) % 2**31)
-            adam, source = self._adam(scale), self._batches(self.study.settings.chunk // 32)
-            values = [self._step(adam, source, 10_000_000 + 100_000 * attempt + i, 0.1) for i in range(RESTART_STEPS)]
-            value = float(np.nan_to_num(np.mean(values[-10:]), nan=-math.inf))
-            self.tell("start", value)
-            if value > best_value or best is None:
-                best, best_value = {k: v.copy() for k, v in self.state.items()}, value
-        return best or self.state
-
-    def _step(self, adam: Adam, source: Any, step: int, rate: float) -> float:
-        """One synchronous step: two selections, their gradients averaged in a fixed order."""
-        study = self.study
-        tasks, places = [], []
-        for half in range(2):
-            units, weight = next(source)
-            selection = closure(study.layout, units, weight)
-            rows = {b.name: flat_positions(study.layout, selection, b) for b in study.guide.blocks if b.free}
-            sites = {f"site/{name}": self.state[f"site/{name}"][at] for name, at in rows.items()}
-            tasks.append({"units": units, "weight": weight, "seed": stream(self.seed, "step", step, half) % 2**62, "particles": 1, **sites})
-            places.append(rows)
-        shared = {k: self.state[k] for k in ("root/loc", "root/raw")}
-        answers = self.engine.round("step", shared, tasks)
-        if not all(np.isfinite(a["elbo"]) and all(np.isfinite(g).all() for k, g in a.items() if k.startswith("grad/")) for a in answers):
-            return math.nan
-        adam.rate = rate
-        for name in shared:
-            adam.update(name, self.state[name], 0.5 * (answers[0][f"grad/{name}"] + answers[1][f"grad/{name}"]))
-        for b in study.guide.blocks:
-            if b.free:
-                name = f"site/{b.name}"
-                touched = np.unique(np.concatenate([p[b.name] for p in places]))
-                gradient = np.zeros((len(touched), self.state[name].shape[1]))
-                for answer, place in zip(answers, places, strict=True):
-                    gradient[np.searchsorted(touched, place[b.name])] += 0.5 * answer[f"grad/{name}"]
-                adam.update(name, self.state[name], gradient, touched)
-        return float(np.mean([a["elbo"] for a in answers]))
-
-
-class Levelling:
-    """Step size and stopping: a constant rate until the ELBO has levelled, then as long again of cosine annealing.
-
-    Levelled: over the last two windows of steps the mean rose by less than twice its standard error, twice running.
-    """
-
-    def __init__(self, window: int = 30, limit: int = 4000) -> None:
-        self.window, self.limit = window, limit
-        self.values: list[float] = []
-        self.calm = 0
-        self.anneal_from: int | None = None
-        self.levelled = False
-        self.bad = 0
-
-    def add(self, value: float) -> None:
-        """Account for one step's ELBO."""
-        self.values.append(value)
-        n, w = len(self.values), self.window
-        if self.anneal_from is None and n >= 3 * w and n % w == 0:
-            new, old = np.asarray(self.values[-w:]), np.asarray(self.values[-2 * w : -w])
-            new, old = new[np.isfinite(new)], old[np.isfinite(old)]
-            error = math.sqrt(new.var() / max(len(new), 1) + old.var() / max(len(old), 1)) if len(new) and len(old) else math.inf
-            gain = float(new.mean() - old.mean()) if len(new) and len(old) else -math.inf
-            self.calm = self.calm + 1 if gain < max(2 * error, 1e-5 * abs(float(new.mean()) if len(new) else 0.0)) else 0
-            if self.calm >= 2 or n >= self.limit:
-                self.levelled = self.calm >= 2
-                self.anneal_from = n
-
-    @property
-    def annealing(self) -> float:
-        """How far the annealing is, 0 to 1."""
-        if self.anneal_from is None:
-            return 0.0
-        return min(1.0, (len(self.values) - self.anneal_from) / max(1, self.anneal_from))
-
-    def rate(self) -> float:
-        """Step size now."""
-        return 0.05 * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.annealing)))
-
-    def done(self, late: bool) -> bool:
-        """Whether to stop; when time is up, at once."""
-        return late or self.annealing >= 1.0
 
 
 __all__ = ["Fitted", "Pool", "Trainer"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pavi_scale.model.density import Graph
-from pavi_scale.model.template import Variable
+from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Plate, ancestors
 
 DENSE_LIMIT = 1500  # unconstrained coordinates of a component that is solved as one dense Gaussian: a factorisation is then ~1 GFLOP
@@ -214,6 +214,12 @@ def _in_order(graph: Graph, components: list[Component]) -> list[Component]:
 def coordinates(component: Component, cardinality: Mapping[str, int]) -> int:
     """Unconstrained coordinates of a whole component."""
     return sum(b.dim * math.prod(cardinality[p] for p in b.plates) for b in component.blocks)
+
+
+def inputs_of(model: Model, component: Component) -> list[str]:
+    """Covariates that the laws of a component's own latents read."""
+    own = {n for b in component.blocks for n in b.latents}
+    return [n for n in model.variables if model.variables[n].kind == "covariate" and any(n in model.variables[o].parents for o in own)]
 
 
 def fan_in(graph: Graph, cardinality: Mapping[str, int], block: Block) -> float:

@@ -1,8 +1,7 @@
 """Likelihood-informed encodings: score and curvature of a component's log joint, unit by unit.
 
-For each law f that touches the component, copies of the latents it reads are made at f's own ground units. Copies of different
-units do not interact, so one reverse pass per column gives the column of every unit's Hessian at once. Summed over the laws below
-a unit, score and curvature are its encoding: permutation-invariant, whatever the number of children (method note, section 4.2).
+Summed over the laws below a unit, score and curvature are its encoding: permutation-invariant, whatever the number of children
+(method note, section 4.2).
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavi_scale.guide.blocks import Block, Component, Factor
+from pavi_scale.guide.blocks import Component
 from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_dense
-from pavi_scale.memory import Arena
-from pavi_scale.model.density import Aligned, align
-from pavi_scale.model.template import Model, Variable
+from pavi_scale.guide.terms import Laws, scatter
 from pavi_scale.reduced import Reduced, Value
 
 Coordinates = dict[str, Tensor]
@@ -38,41 +35,7 @@ class Expansion:
     gaussian: Tree | Dense
 
 
-@dataclass(frozen=True)
-class Absorbed:
-    """A law summed over the units of its block: value + gradient.z - z.H z / 2.
-
-    Args:
-        block: The block.
-        value: `[1, n]`.
-        gradient: `[1, n, C, e]`.
-        precision: H, `[1, n, C, e, e]`.
-    """
-
-    block: str
-    value: Tensor
-    gradient: Tensor
-    precision: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in (self.value, self.gradient, self.precision))
-
-    def moved(self, arena: Arena) -> Absorbed:
-        """The same, kept for long; a precision that all units share is kept once."""
-        shared = bool((self.precision == self.precision[:, :1]).all())
-        precision = arena.copy(self.precision[:, :1]).expand_as(self.precision) if shared else arena.copy(self.precision)
-        return Absorbed(self.block, arena.copy(self.value), arena.copy(self.gradient), precision)
-
-    def at(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
-        """Value `[K, n]`, gradient and minus second derivatives at `z` `[K, n, C, e]`."""
-        pull = (self.precision @ z[..., None])[..., 0]
-        value = self.value + ((self.gradient - 0.5 * pull) * z).sum((-1, -2))
-        return value, {self.block: self.gradient - pull}, {(self.block, self.block): self.precision}
-
-
-class LocalModel:
+class LocalModel(Laws):
     """A component on a reduced model, given root variables and earlier components.
 
     Args:
@@ -84,11 +47,8 @@ class LocalModel:
     """
 
     def __init__(self, component: Component, reduced: Reduced, given: Mapping[str, Value], sites: Mapping[str, tuple[Tensor, Tensor]], particles: int) -> None:
-        self.component, self.reduced, self.given, self.sites, self.particles = component, reduced, given, sites, particles
-        self.blocks = {b.name: b for b in component.blocks}
-        self.width = (
-            {b.name: torch.ones(particles, self.units(b), *component.shape(b), dtype=reduced.dtype) for b in component.blocks} if component.rough else {}
-        )
+        super().__init__(component, reduced, given, particles)
+        self.sites = sites
         self.top = component.top(reduced.graph.model.plates)
         self.index: dict[Pair, Tensor | None] = {
             (fine, coarse): reduced.unit_index(self.blocks[fine].plates, self.blocks[coarse].plates)
@@ -96,43 +56,11 @@ class LocalModel:
             for coarse in above
         }
 
-    def units(self, block: Block) -> int:
-        """Number of selected units."""
-        return self.reduced.count(block.plates)
-
     def select(self, particles: Tensor) -> LocalModel:
         """The same component for some of the particles (a mask, or positions)."""
         given = {n: Value(v.theta[particles] if len(v.theta) == self.particles else v.theta, v.plates) for n, v in self.given.items()}
         count = int(particles.sum()) if particles.dtype == torch.bool else len(particles)
         return LocalModel(self.component, self.reduced, given, self.sites, count)
-
-    def split(self, block: Block, latent: str, z: Tensor) -> Tensor:
-        """Coordinates of one latent, `[K, n, *base_shape]`, of a block's `[K, n, C, e]`."""
-        base = self.reduced.graph.links[latent].base_shape
-        return z[..., self.component.columns(block, latent)].flatten(2).reshape(*z.shape[:2], *base)
-
-    @staticmethod
-    def columns_of(component: Component, block: Block, latent: str, z: Tensor) -> Tensor:
-        """Coordinates of one latent as a flat vector per unit, `[K, n, size]`."""
-        return z[..., component.columns(block, latent)].flatten(2)
-
-    def join(self, block: Block, parts: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `split` over all latents of the block."""
-        c, _ = self.component.shape(block)
-        flat = [parts[n].reshape(*parts[n].shape[:2], c, -1) for n in block.latents]
-        return torch.cat(flat, -1)
-
-    def values(self, z: Mapping[str, Tensor]) -> dict[str, Value]:
-        """Constrained values of the component's latents, with what was given."""
-        out = dict(self.given)
-        for name, zb in z.items():
-            block = self.blocks[name]
-            sizes = self.reduced.sizes(block.plates)
-            for latent in block.latents:
-                link = self.reduced.graph.links[latent]
-                theta = link.forward(self.split(block, latent, zb)).reshape(zb.shape[0], *sizes, *link.event_shape)
-                out[latent] = Value(theta, block.plates)
-        return out
 
     def start(self) -> Coordinates:
         """Prior means, parents first: where the search for the mode starts."""
@@ -221,14 +149,14 @@ class LocalModel:
             value = topped if value is None else value + topped
             at = {b: self.reduced.unit_index(plates, self.blocks[b].plates) for b, _ in factor.touches}
             for b, grad in grads.items():
-                gradient[b] = _scatter(gradient[b], at[b], grad)
+                gradient[b] = scatter(gradient[b], at[b], grad)
             for (a, b), h in hess.items():
                 if not self.component.tree:
                     terms.append(((a, b), at[a], at[b], h))
                     continue
                 if (a, b) not in precision:
                     precision[a, b] = h.new_zeros(k, z[a].shape[1], h.shape[2], z[a].shape[3], z[b].shape[3])
-                precision[a, b] = _scatter(precision[a, b], at[a], h)
+                precision[a, b] = scatter(precision[a, b], at[a], h)
         for b in self.sites:
             if b not in z:
                 continue
@@ -245,192 +173,3 @@ class LocalModel:
         else:
             gaussian = factorise_dense(self.component, terms, gradient)
         return Expansion(value if value is not None else torch.zeros(k, 1), gradient, gaussian)
-
-    def _absorbed(self, factor: Factor) -> Absorbed | None:
-        """The law as one quadratic per unit, where neither root nor other components enter it; kept with the reduced model.
-
-        A linear-Gaussian likelihood with known scale is then read once, however many root points are looked at.
-        """
-        model = self.reduced.graph.model
-        if not absorbable(self.component, factor, model):
-            return None
-        name, v = factor.touches[0][0], model.variables[factor.variable]
-        block, key = self.blocks[name], (self.component.name, factor.variable)
-        if key not in self.reduced.absorbed:
-            self.reduced.absorbed[key] = self._summed(factor, block, v)
-        return self.reduced.absorbed[key]
-
-    def _summed(self, factor: Factor, block: Block, v: Variable) -> Absorbed:
-        """Value, gradient and curvature of an absorbable law at zero, summed over its units: no copies, since units of the block do not interact."""
-        c, e = self.component.shape(block)
-        sizes = self.reduced.sizes(block.plates)
-        with torch.enable_grad():
-            z = torch.zeros(1, self.units(block), c, e, dtype=self.reduced.dtype, requires_grad=True)
-            values, jacobian = {}, z.new_zeros(())
-            for latent in block.latents:
-                link = self.reduced.graph.links[latent]
-                base = self.split(block, latent, z)
-                theta = link.forward(base)
-                if latent == factor.variable:
-                    jacobian = link.log_det(base, theta)
-                values[latent] = Value(theta.reshape(1, *sizes, *link.event_shape), block.plates)
-            term = self.reduced.log_prob(factor.variable, values).flatten(1) + jacobian
-            (gradient,) = torch.autograd.grad(term.sum(), z, create_graph=True)
-            columns = [torch.autograd.grad(gradient[..., i].sum(), z, retain_graph=True, materialize_grads=True)[0] for i in range(e)]
-        value = _scatter(torch.zeros_like(z[..., 0, 0]), self.reduced.unit_index(v.plates, block.plates), term)
-        return Absorbed(block.name, value.detach(), gradient.detach(), -torch.stack(columns, -1))
-
-    def _copies(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, alone: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """One law's log-densities at its own units, `[K, n_f]`, and the copies of the blocks' coordinates they were computed from.
-
-        With `alone`, those of its first unit only.
-        """
-        v = self.reduced.graph.model.variables[factor.variable]
-        sizes = (1,) * len(v.plates) if alone else self.reduced.sizes(v.plates)
-        copies: dict[str, Tensor] = {}
-        given: dict[str, Aligned] = {}
-        jacobian: Tensor | float = 0.0
-        for name, latents in factor.touches:
-            block = self.blocks[name]
-            index = self.reduced.unit_index(v.plates, block.plates)
-            if alone:
-                index = torch.zeros(1, dtype=torch.int64, device=z[name].device) if index is None else index[:1]
-            copy = z[name] if index is None else z[name].index_select(1, index)
-            copy = copy if differentiable and copy.requires_grad else copy.detach().requires_grad_()
-            if differentiable and copy is z[name]:
-                copy = copy.clone()
-            copies[name] = copy
-            for latent in latents:
-                link = self.reduced.graph.links[latent]
-                base = self.split(block, latent, copy)
-                theta = link.forward(base)
-                given[latent] = Aligned(theta.reshape(theta.shape[0], *sizes, *link.event_shape), v.plates, True)
-                if latent == factor.variable:
-                    jacobian = link.log_det(base, theta)
-        value = self.reduced.log_prob(factor.variable, self.given, given, alone=alone).flatten(1) + jacobian
-        return value.expand(self.particles, -1), copies
-
-    def products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:
-        """Hessian of one law times a vector of ones, or an event-wise vector `[C]`, per pair of blocks, `[K, n_f, C, e]`."""
-        with torch.enable_grad():
-            return self._traced_products(factor, z, vector)
-
-    def _traced_products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:
-        value, copies = self._copies(factor, z, False)
-        first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=True, materialize_grads=True)
-        out: dict[Pair, Tensor] = {}
-        for a, g in zip(copies, first, strict=True):
-            seed = (g if vector is None else g * vector[:, None]).sum()
-            if seed.requires_grad:
-                second = torch.autograd.grad(seed, list(copies.values()), retain_graph=True, materialize_grads=True)
-                out.update({(b, a): h for b, h in zip(copies, second, strict=True)})
-        return out
-
-    def _factor(
-        self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, *, second: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
-        """Terms of one law: value `[K, n_f]`, gradients and minus second derivatives, in the blocks' full e axes."""
-        with torch.enable_grad():  # the caller may not track gradients; second derivatives need it
-            return self._derivatives(factor, z, differentiable, second)
-
-    def _derivatives(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, second: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
-        if second and not differentiable and (known := self._own(factor, z)) is not None:
-            return known
-        value, copies = self._copies(factor, z, differentiable)
-        uniform = factor.variable in self.component.uniform
-        first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=differentiable or (second and not uniform), materialize_grads=True)
-        grads = {n: g if differentiable else g.detach() for n, g in zip(copies, first, strict=True)}
-        hess: dict[Pair, Tensor] = {}
-        if second and uniform:  # one unit's second derivatives are everybody's
-            alone, few = self._copies(factor, z, differentiable, alone=True)
-            slope = torch.autograd.grad(alone.sum(), list(few.values()), create_graph=True, materialize_grads=True)
-            hess = {pair: h.expand(-1, value.shape[1], -1, -1, -1) for pair, h in self._columns(factor, few, slope, differentiable).items()}
-        elif second:
-            hess = self._columns(factor, copies, first, differentiable)
-        return value if differentiable else value.detach(), grads, hess
-
-    def _columns(self, factor: Factor, copies: Mapping[str, Tensor], first: tuple[Tensor, ...], differentiable: bool) -> dict[Pair, Tensor]:
-        """Minus second derivatives, a column at a time: one reverse pass gives that column of every unit's."""
-        names = list(copies)
-        hess: dict[Pair, Tensor] = {}
-        for i, a in enumerate(names):
-            columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(self.blocks[a], latent)})
-            rows = names[i:]
-            parts: dict[str, list[Tensor]] = {b: [torch.zeros_like(copies[b])] * copies[a].shape[3] for b in rows}
-            for c in columns:
-                seed = first[i][..., c].sum()
-                if not seed.requires_grad:
-                    continue
-                found = torch.autograd.grad(seed, [copies[b] for b in rows], create_graph=differentiable, retain_graph=True, materialize_grads=True)
-                for b, column in zip(rows, found, strict=True):
-                    parts[b] = [*parts[b][:c], -column, *parts[b][c + 1 :]]
-            for b in rows:  # stored (fine, coarse): `b` comes later, so it is the finer one
-                hess[b, a] = torch.stack(parts[b], -1)
-        return hess
-
-    def _own(self, factor: Factor, z: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]] | None:
-        """The terms of a law that gives its own second derivatives by the only latent it touches; None for others."""
-        latent = self.reduced.graph.curved.get(factor.variable)
-        v = self.reduced.graph.model.variables[factor.variable]
-        if latent is None or v.missing == "mask" or len(factor.touches) != 1 or factor.touches[0][1] != (latent,) or self.component.elementwise:
-            return None
-        name = factor.touches[0][0]
-        block, k, n = self.blocks[name], self.particles, self.reduced.count(v.plates)
-        value, plates = self.values({name: z[name]})[latent].theta, self.reduced.graph.model.variables[latent].plates
-        given = {latent: align(value.detach(), True, block.plates if plates == block.plates else plates, v.plates, self.reduced.selection)}
-        found = self.reduced.second_order(factor.variable, self.given, given)
-        sizes = self.reduced.sizes(v.plates)
-        term, slope, curve = (t.detach().expand(k, *sizes, *t.shape[1 + len(sizes) :]).reshape(k, n, *t.shape[1 + len(sizes) :]) for t in found)
-        gradient, hessian = slope[:, :, None], curve[:, :, None]
-        if block.dim != slope.shape[-1]:
-            columns = self.component.columns(block, latent)
-            gradient = gradient.new_zeros(k, n, 1, block.dim)
-            gradient[..., columns] = slope[:, :, None]
-            hessian = gradient.new_zeros(k, n, 1, block.dim, block.dim)
-            hessian[..., torch.tensor(columns)[:, None], torch.tensor(columns)] = curve[:, :, None]
-        return term, {name: gradient}, {(name, name): hessian}
-
-    def _rough(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
-        """As `_factor` for a law with kinks (Laplace), whose second derivative says nothing.
-
-        Gradient and curvature are those of the law averaged over the width of the posterior: means and differences of gradients
-        at +- one width per coordinate, as a Gaussian variational posterior would see them.
-        """
-        value, _ = self._copies(factor, z, differentiable)
-        names = [name for name, _ in factor.touches]
-        v = self.reduced.graph.model.variables[factor.variable]
-        smoothed: dict[str, list[Tensor]] = {n: [] for n in names}
-        hess: dict[Pair, Tensor] = {}
-        for i, a in enumerate(names):
-            block = self.blocks[a]
-            columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(block, latent)})
-            parts: dict[str, list[Tensor]] = {}
-            index = self.reduced.unit_index(v.plates, block.plates)
-            for c in columns:
-                width = self.width[a][..., c]
-                sides = []
-                for sign in (1.0, -1.0):
-                    moved = z[a].detach().clone()
-                    moved[..., c] += sign * width
-                    _, grads, _ = self._factor(factor, {**z, a: moved}, False, second=False)
-                    sides.append(grads)
-                step = 2 * (width if index is None else width.index_select(1, index))[..., None]
-                for b in names:
-                    smoothed[b].append(0.5 * (sides[0][b] + sides[1][b]))
-                for b in names[i:]:
-                    parts.setdefault(b, [torch.zeros_like(sides[0][b])] * z[a].shape[3])
-                    parts[b] = [*parts[b][:c], (sides[1][b] - sides[0][b]) / step, *parts[b][c + 1 :]]
-            for b in names[i:]:
-                hess[b, a] = torch.stack(parts[b], -1)
-        return value, {n: torch.stack(g).mean(0) for n, g in smoothed.items()}, hess
-
-
-def absorbable(component: Component, factor: Factor, model: Model) -> bool:
-    """Whether a law is one fixed quadratic of one block of its component: linear-Gaussian, and neither root nor other components enter it."""
-    if not component.quadratic or len(factor.touches) != 1:
-        return False
-    return not any(model.variables[p].kind == "latent" and p not in factor.touches[0][1] for p in model.variables[factor.variable].parents)
-
-
-def _scatter(target: Tensor, index: Tensor | None, source: Tensor) -> Tensor:
-    return target + source if index is None else target.index_add(1, index, source)

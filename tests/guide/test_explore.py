@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from pavi_scale.computation import generator_noise
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.mode import explore, find_mode
+from pavi_scale.noise import generator_noise
 from pavi_scale.starts import renumbered
 from pipelines import gm
 from tests.guide import oracle

@@ -1,0 +1,218 @@
+"""Training of free rows: growing selections of the cohort, then whole passes until the data agree with the sites.
+
+Each round looks at a selection *as if it were the cohort* (weights of one), at the centre of the posterior so far, and replaces every site by what
+the selection says (`sites.updated`). Widths are then right for the data seen, whatever the round, and a selection four times as large starts within
+about two of its predecessor's sds from its own answer: one averaged-Newton step each. Rounds over less than the whole cost a third of a pass
+together; the passes over the whole end when no score is left: the step that would follow is small against every posterior sd.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pavi_scale.batching import shards
+from pavi_scale.guide.blocks import lies_below
+from pavi_scale.guide.root import StudentT
+from pavi_scale.marginal import refit, whitening
+from pavi_scale.rng import stream
+from pavi_scale.sampling import shard_length
+from pavi_scale.scores import Scores
+from pavi_scale.sites import Centre, Residual, Sites, Upper, residual, updated
+from pavi_scale.starts import start_points
+from pavi_scale.training import POOL, Fitted, Trainer
+
+FIRST = 16_000  # ground units of the smallest selection
+GROWTH = 4
+LOOK = 3  # rounds over the smallest selection from each start
+SEARCH = 12  # and then at most from the best one
+NEAR = 0.5  # sds of the last step at which a larger selection is taken
+PASSES = 8  # over the whole cohort at most
+CALM = 0.1  # sds that an update moves coordinates at most (root mean square) when the passes end
+WORST = 0.5  # the same of all but one in a thousand
+APART = 4  # root coordinates up to which each is probed by itself
+TASKS = 16  # parts of a round, whoever computes them
+LEAST_PIECES = 4  # of a round
+POWERS = 4  # rounds that look for lost couplings
+LOOKED = 16  # share of the cohort that they look at, at most
+LOST = 1_000_000
+CELLS = 256  # runs of neighbouring units that selections are made of
+PRIOR_STARTS = 4
+PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
+REFITTED = 40  # root coordinates up to which the root is refitted by importance
+REFIT_POINTS = 4096
+REFIT_VALUES = 1_000_000_000  # points x coordinates that a refit may take
+NARROW = 0.05  # share of the sd at which a start is looked at
+
+Checkpoint = Callable[[dict[str, np.ndarray], int], None]
+
+
+@dataclass
+class Rows:
+    """Trains the free rows of a study.
+
+    Args:
+        trainer: Engine, seed, deadline, and what is told of progress.
+    """
+
+    trainer: Trainer
+
+    def __post_init__(self) -> None:
+        study, seed = self.trainer.study, self.trainer.seed
+        self.draws = study.space.prior_draws(256, stream(seed, "prior") % 2**31)
+        scale = whitening(self.draws)[1] if study.space.dim else np.zeros(0)
+        self.upper = Upper(study, scale)
+        self.split = study.settings.split
+        self.count = study.layout.cardinality.get(self.split or "", 1)
+        observed = max((math.prod(study.layout.cardinality[p] for p in v.plates) for v in study.graph.model.of_kind("observed")), default=1)
+        first = math.ceil(FIRST * self.count / max(observed, 1))
+        sizes = [] if self.split is None else [min(first, self.count) * GROWTH**i for i in range(40)]
+        self.sizes = [s for s in sizes if s <= self.count // GROWTH] + [self.count]
+        length = max(1, min(shard_length(study), self.count // CELLS))
+        order = np.random.default_rng(stream(seed, "cells") % 2**63).permutation(-(-self.count // length))
+        self.order = (order[:, None] * length + np.arange(length)).ravel()
+        self.order = self.order[self.order < self.count]
+
+    def fit(self, on_checkpoint: Checkpoint, resumed: tuple[Mapping[str, np.ndarray], int] | None = None) -> Fitted:
+        """Sites and root posterior."""
+        if resumed is None:
+            sites, root, step = *self.search(), 1
+            self.save(on_checkpoint, sites, root, step)
+        else:
+            sites, root, step = Sites.of(resumed[0]), np.array(resumed[0]["root/loc"]), resumed[1]
+        settled, left = False, Residual(math.inf, math.inf)
+        last = len(self.sizes) - 1
+        while not settled and step < last + PASSES and time.monotonic() < self.trainer.deadline:
+            centre = self.upper.solve(sites, root)
+            scores = self.round(self.sizes[min(step, last)], centre, step)
+            left = residual(sites, centre, scores)
+            sites, root = updated(sites, centre, scores, self.upper.scale), centre.root
+            self.tell("sites" if step < last else "pass", centre, sites, scores, left)
+            step += 1
+            settled = step > last and left.typical < CALM and left.worst < WORST
+            self.save(on_checkpoint, sites, root, step)
+        centre = self.upper.solve(sites, root)
+        return self.fitted(sites, centre, settled, self.lost(sites, centre))
+
+    def search(self) -> tuple[Sites, np.ndarray]:
+        """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima)."""
+        study, seed = self.trainer.study, self.trainer.seed
+        starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
+        starts = starts if len(starts) else self.draws[:PRIOR_STARTS]
+        found: list[tuple[Sites, np.ndarray, float]] = []
+        for attempt, point in enumerate(starts):
+            if found and time.monotonic() > self.trainer.deadline:
+                break
+            rows = {
+                b.name: study.prior_rows(b, point, math.prod(study.layout.cardinality[p] for p in b.plates), stream(seed, "start", attempt) % 2**31)[:, : b.dim]
+                for b in self.upper.blocks
+            }
+            sites = self.upper.initial(point, rows)
+            centre = replace(self.upper.centre(sites, point), loc=rows)
+            # A start is a guess to be followed, not a posterior to be averaged over: it is looked at from near by.
+            found.append(self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW))
+        sites, root, _ = max(found, key=lambda f: f[2])
+        sites, root, _ = self.follow(sites, self.upper.solve(sites, root), SEARCH, 1000 * (1 + len(found)))
+        return sites, root
+
+    def follow(self, sites: Sites, centre: Centre, rounds: int, step: int, spread: float = 1.0) -> tuple[Sites, np.ndarray, float]:
+        """Rounds over the smallest selection until they change little: sites, root and bound."""
+        value = -math.inf
+        for i in range(rounds):
+            scores = self.round(self.sizes[0], centre, step + i, spread if i == 0 else 1.0)
+            left = residual(sites, centre, scores)
+            value = float(np.nan_to_num(self.tell("start", centre, sites, scores, left), nan=-math.inf))
+            sites = updated(sites, centre, scores, self.upper.scale)
+            centre = self.upper.solve(sites, centre.root)
+            if left.typical < NEAR:
+                break
+        return sites, centre.root, value
+
+    def round(self, size: int, centre: Centre, step: int, spread: float = 1.0) -> Scores:
+        """Scores of a selection of the split plate, or of the whole cohort."""
+        total = self.ask(size, centre, step, spread, {})
+        names = [b.name for b in self.upper.blocks]
+        return Scores(
+            float(total["value"]), total["root"], total["root_curvature"], {b: total[f"score/{b}"] for b in names}, {b: total[f"curvature/{b}"] for b in names},
+        )
+
+    def ask(self, size: int, centre: Centre, step: int, spread: float, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One round of scores, summed in the order of its tasks."""
+        study = self.trainer.study
+        length = shard_length(study)
+        if size == self.count:
+            found = shards(study.layout, self.split, max(1, min(length, -(-self.count // LEAST_PIECES))))
+            pieces: list[Any] = [(s.plate, s.start, s.stop, s.first) for s in found]
+        else:
+            units = np.sort(self.order[:size])
+            length = max(1, min(length, -(-size // LEAST_PIECES)))
+            pieces = [units[a : a + length] for a in range(0, size, length)]
+        per = -(-len(pieces) // TASKS)
+        apart = 1 < len(self.upper.told) <= APART and not more
+        tasks = [
+            {"pieces": pieces[a : a + per], "first": a == 0, "apart": apart, "seed": stream(self.trainer.seed, "score", step, a) % 2**62}
+            for a in range(0, len(pieces), per)
+        ]
+        state = {f"centre/{b}": x for b, x in centre.loc.items()} | {f"spread/{b}": spread * x for b, x in centre.sd.items()}
+        answers = self.trainer.engine.round("score", {**state, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}, tasks)
+        return {key: np.asarray(sum(a[key] for a in answers)) for key in answers[0]}
+
+    def lost(self, sites: Sites, centre: Centre) -> float:
+        """Largest share of its precision that a direction loses if the sites' couplings are accounted for: 1 - 1/x for a variance that is x times ours.
+
+        The largest eigenvalue of S (K - H) S by power iteration: K the sites' precision, H the data's curvature, S posterior sds given all else.
+        """
+        size = max([s for s in self.sizes if s <= self.count // LOOKED], default=self.sizes[0])
+        blocks, plates = self.upper.blocks, self.trainer.study.layout.plates
+        rng = np.random.default_rng(stream(self.trainer.seed, "lost") % 2**63)
+        scale = {b.name: 1.0 if self.split and lies_below(plates, b.plates, (self.split,)) else self.count / size for b in blocks} | {"root": self.count / size}
+        sd = {**centre.sd, "root": centre.root_sd}
+        towards = {n: rng.choice([-1.0, 1.0], x.shape) * (x > 0) for n, x in sd.items()}
+        share = 0.0
+        for i in range(POWERS):
+            total = self.ask(size, centre, LOST + i, 1.0, {f"towards/{n}": u for n, u in towards.items()})
+            away = {}
+            for n, u in towards.items():
+                seen = total[f"along/{n}"]
+                held = sites.root_precision @ (sd[n] * u) if n == "root" else sites.precision[n] * sd[n] * u
+                away[n] = np.where(seen == 0, 0.0, sd[n] * (held - scale[n] * seen))
+            share = math.sqrt(sum((w**2).sum() for w in away.values()) / sum((u**2).sum() for u in towards.values()))
+            size_of = max(max(np.abs(w).max(initial=0.0) for w in away.values()), 1e-12)
+            towards = {n: w / size_of for n, w in away.items()}
+        return share
+
+    def tell(self, stage: str, centre: Centre, sites: Sites, scores: Scores, left: Residual) -> float:
+        """Report the bound: the data's at the centre, and the laws' above it less what the sites took for the data."""
+        stood = sum(-0.5 * (k * ((sites.loc[b] - centre.loc[b]) ** 2 + centre.sd[b] ** 2)).sum() for b, k in sites.precision.items())
+        away = centre.root - sites.root
+        stood += float(away @ sites.pull - 0.5 * away @ sites.root_precision @ away)
+        value = scores.value + centre.value - float(stood)
+        self.trainer.tell(stage, value)
+        return value
+
+    def save(self, on_checkpoint: Checkpoint, sites: Sites, root: np.ndarray, step: int) -> None:
+        """Everything that the next round needs."""
+        on_checkpoint({**sites.arrays(), "root/loc": root}, step)
+
+    def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
+        """The guide's state: rows, and the root given them - refitted by importance where it is small, else its best Gaussian."""
+        trainer, dim, upper = self.trainer, self.trainer.study.space.dim, self.upper
+        trainer.state = {k: v for k, v in sites.arrays().items() if k.startswith("site/")}
+        if dim == 0:
+            fitted = trainer._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), settled, math.nan)
+            return replace(fitted, lost=lost)
+        mean, cov = upper.average(sites, centre.root, trainer._normals("average", PAIRS, dim))
+        if dim <= REFITTED and upper.size(upper.reduced) * REFIT_POINTS <= REFIT_VALUES:
+            pool = refit(
+                lambda points, _: (upper.bound(sites, points)[0], None), mean, cov, seed=trainer.seed, per_round=256, target=1000.0, max_points=REFIT_POINTS,
+                deadline=trainer.deadline, on_step=trainer.tell,
+            )
+            return replace(trainer._fitted(pool.points, pool.weight, pool.gaussian, settled, pool.khat), lost=lost)
+        gaussian = StudentT(mean, np.linalg.cholesky(cov))
+        points = gaussian.sample(trainer._normals("pool", POOL, dim), np.full(POOL, 0.5))
+        return replace(trainer._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, settled, math.nan), lost=lost)

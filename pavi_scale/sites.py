@@ -1,0 +1,292 @@
+"""The model above the data: root, free blocks and what is coupled to them, with Gaussian sites in the place of all data below.
+
+A site on a coordinate z is exp(h z - k z^2 / 2), its location h / k and precision k kept as rows. Score g and curvature c of the data's bound L,
+averaged over q about its centre m, give the site of the next round,
+
+    k <- c,    h <- c m + g,
+
+one Newton step of E_q[log p] in natural parameters: conjugate-computation variational inference (Khan & Lin 2017) with step one, equivalently
+variational online Newton. Given the sites, root and blocks are a small problem of their own: the blocks are eliminated (Gaussian, exact for
+linear-Gaussian laws) and the root's marginal is searched for its mode and curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pavi_scale.batching import closure, flat_positions, splittable
+from pavi_scale.computation import StudyComputation
+from pavi_scale.guide.blocks import Block
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.guide import weights
+from pavi_scale.guide.local import Core, fit_core
+from pavi_scale.guide.root import RootSpace
+from pavi_scale.moments import conditional_moments
+from pavi_scale.plates import ancestors
+from pavi_scale.reduced import Reading, Reduced, Value
+from pavi_scale.scores import Scores, speaks_of, upper
+from pavi_scale.settings import precision
+
+LONGEST = 3.0  # posterior sds that one update may move a coordinate
+POINTS = 1 << 21  # coordinates x root points looked at together
+CURVATURE = 20_000_000  # the same for one curvature of the root
+LEAST_UNITS = 8
+AVERAGED = 3  # Newton steps from the root's mode to its mean
+LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
+
+
+@dataclass
+class Sites:
+    """What stands for the data.
+
+    Args:
+        loc: Free block -> location, `[n, d]`.
+        precision: Free block -> precision, `[n, d]`.
+        root: Where the root's site is centred, `[R]`.
+        pull: Its gradient there, `[R]`.
+        root_precision: Its precision, `[R, R]`.
+    """
+
+    loc: dict[str, np.ndarray]
+    precision: dict[str, np.ndarray]
+    root: np.ndarray
+    pull: np.ndarray
+    root_precision: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As named arrays; the blocks' sites as the rows that the guide reads."""
+        rows = {f"site/{b}": np.concatenate([loc, np.log(self.precision[b])], 1) for b, loc in self.loc.items()}
+        return {**rows, "rootsite/loc": self.root, "rootsite/pull": self.pull, "rootsite/precision": self.root_precision}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Sites:
+        """The inverse of `arrays`."""
+        rows = {k.removeprefix("site/"): np.split(v, 2, axis=1) for k, v in arrays.items() if k.startswith("site/")}
+        return cls(
+            {b: r[0] for b, r in rows.items()}, {b: np.exp(r[1]) for b, r in rows.items()},
+            *(np.array(arrays[f"rootsite/{k}"]) for k in ("loc", "pull", "precision")),
+        )
+
+
+@dataclass
+class Centre:
+    """The posterior given the sites: mode of the root, and of each free block the mean and the sd given all above it."""
+
+    root: np.ndarray
+    root_sd: np.ndarray
+    value: float
+    loc: dict[str, np.ndarray]
+    sd: dict[str, np.ndarray]
+
+
+class Upper:
+    """Root, free blocks and what is coupled to them, in memory and in double precision.
+
+    Args:
+        study: The study.
+        scale: Spread of the prior of each root coordinate, `[R]`.
+    """
+
+    def __init__(self, study: StudyComputation, scale: np.ndarray) -> None:
+        self.study, self.scale = study, scale
+        self.components = upper(study.guide)
+        self.blocks: list[Block] = [b for c in self.components for b in c.blocks if b.free]
+        model = study.graph.model
+        laws = [model.variables[f.variable] for c in self.components for f in c.factors]
+        tops = [p for p in model.plates.values() if not p.within]
+        used = {q for v in laws for p in v.plates for q in (p, *ancestors(model.plates, p))}
+        selection = closure(study.layout, {p.name: np.arange(1) for p in tops if p.name not in used})
+        named = {n for v in laws for n in (v.name, *v.parents)} | {p for v in model.latents if not v.plates for p in v.parents}
+        names = [n for n in model.variables if n in named and model.variables[n].kind != "latent"]
+        with precision(torch.float64):
+            self.reduced = Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
+            self.space = RootSpace(study.graph, self.reduced)
+        self.told = speaks_of(study.guide, study.space)
+        self.part = self._part(names, CURVATURE)
+        self.coarse = self._part(names, CURVATURE // 10)
+
+    def _part(self, names: list[str], values: int) -> Reduced:
+        """Some units, weighted to stand for all: enough for a curvature, of which a few thousandths do not matter."""
+        study = self.study
+        size = self.size(self.reduced) * 2 * max(1, len(self.scale))
+        tops = [p for p in splittable(study.graph.model, self.components) if any(p in self.reduced.graph.model.variables[n].plates for n in self.latents)]
+        if size <= values or not tops:
+            return self.reduced
+        top = max(tops, key=lambda p: study.layout.cardinality[p])
+        n = study.layout.cardinality[top]
+        count = max(min(n, LEAST_UNITS), n * values // size)
+        units = np.unique(np.linspace(0, n - 1, count).astype(np.int64))
+        unused = {p: u for p, u in self.reduced.selection.units.items() if len(u) < study.layout.cardinality[p] and not study.layout.plates[p].within}
+        selection = closure(study.layout, {**unused, top: units}, {top: n / len(units)})
+        with precision(torch.float64):
+            return Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
+
+    @property
+    def latents(self) -> list[str]:
+        """The latents of its blocks."""
+        return [n for c in self.components for b in c.blocks for n in b.latents]
+
+    def size(self, reduced: Reduced) -> int:
+        """Coordinates of its blocks."""
+        return sum(reduced.count(b.plates) * b.dim for c in self.components for b in c.blocks)
+
+    def cores(self, sites: Sites, z: Tensor, reduced: Reduced, *, differentiable: bool) -> tuple[Tensor, list[Core]]:
+        """Log marginal of the root, `[K]`, and the Gaussian core of each component given it."""
+        total = self.space.log_prior(z)
+        away = z - torch.from_numpy(sites.root)
+        total = total + away @ torch.from_numpy(sites.pull) - 0.5 * (away @ torch.from_numpy(sites.root_precision) * away).sum(1)
+        rows = {}
+        for b in self.blocks:
+            at = slice(None) if reduced is self.reduced else flat_positions(self.study.layout, reduced.selection, b)
+            rows[b.name] = torch.from_numpy(sites.loc[b.name][at]), torch.from_numpy(np.log(sites.precision[b.name][at]))
+        values: dict[str, Value] = dict(self.space.values(z))
+        cores = []
+        for component in self.components:
+            local = LocalModel(component, reduced, values, rows, len(z))
+            core = fit_core(local, differentiable=differentiable)
+            total = total + core.log_marginal(weights(core))
+            values.update(local.values(core.mode))
+            cores.append(core)
+        return total, cores
+
+    def bound(self, sites: Sites, points: np.ndarray, reduced: Reduced | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Log marginal of the root at `[K, R]`, and its gradient."""
+        reduced = reduced or self.reduced
+        found, grads = [], []
+        size = max(1, POINTS // max(1, self.size(reduced)))
+        with precision(torch.float64):
+            for start in range(0, len(points), size):
+                z = torch.tensor(points[start : start + size], requires_grad=True)
+                value, _ = self.cores(sites, z, reduced, differentiable=True)
+                found.append(value.detach().numpy())
+                (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
+                grads.append(grad.numpy())
+        return np.concatenate(found), np.concatenate(grads)
+
+    def covariance(self, sites: Sites, root: np.ndarray, reduced: Reduced | None = None) -> np.ndarray:
+        """Inverse curvature at a root point; directions of less curvature than a quarter of the prior's are given that."""
+        r = len(root)
+        move = np.diag(1e-3 * self.scale)
+        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), reduced or self.part)
+        h = (grad[r:] - grad[:r]) / (2e-3 * self.scale[:, None])
+        h = 0.5 * (h + h.T) * self.scale[:, None] * self.scale
+        values, vectors = np.linalg.eigh(h)
+        return np.asarray((vectors / np.maximum(np.abs(values), 0.25)) @ vectors.T * self.scale[:, None] * self.scale)
+
+    def solve(self, sites: Sites, start: np.ndarray) -> Centre:
+        """Mode of the root's marginal from a start, and the free blocks there."""
+        if not len(start):
+            return self.centre(sites, start)
+        # The sites' precision grows by orders of magnitude over the rounds: the search is whitened by the curvature.
+        factor = np.linalg.cholesky(self.covariance(sites, start, self.coarse))
+
+        def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
+            value, grad = self.bound(sites, (start + factor @ y)[None])
+            if not (np.isfinite(value[0]) and np.isfinite(grad).all()):
+                return 1e300, np.zeros_like(y)
+            return -float(value[0]), -grad[0] @ factor
+
+        found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": 5e-3})
+        return self.centre(sites, start + factor @ found.x)
+
+    def average(self, sites: Sites, root: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Location and covariance of the Gaussian that fits the root's marginal best on average (E[gradient] = 0), from its mode.
+
+        A mode of locations and log scales together puts the scales too low, by a factor sqrt(1 - 1/n) for n units about an unknown mean.
+
+        Args:
+            sites: What stands for the data.
+            root: Where to start, `[R]`.
+            normals: Standard normals, `[P, R]`, used with both signs.
+        """
+        for _ in range(AVERAGED):
+            covariance = self.covariance(sites, root)
+            move = normals @ np.linalg.cholesky(covariance).T
+            _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
+            step = covariance @ grad.mean(0)
+            root = root + step * min(1.0, 1.0 / max(float(np.abs(step / np.sqrt(np.diagonal(covariance))).max()), 1e-12))
+        return root, self.covariance(sites, root)
+
+    def centre(self, sites: Sites, root: np.ndarray) -> Centre:
+        """The free blocks at a root point."""
+        loc, sd = {}, {}
+        with precision(torch.float64), torch.no_grad():
+            value, cores = self.cores(sites, torch.tensor(root[None]), self.reduced, differentiable=False)
+            for component, core in zip(self.components, cores, strict=True):
+                for block in component.blocks:
+                    if block.free:
+                        mean, variance = conditional_moments(core, core.mode, block.name)
+                        loc[block.name], scale = (
+                            torch.cat([LocalModel.columns_of(component, block, n, t) for n in block.latents], -1)[0].numpy() for t in (mean, variance)
+                        )
+                        sd[block.name] = np.sqrt(scale)
+        root_sd = np.zeros(len(root))
+        move = np.zeros((len(self.told), len(root)))
+        move[np.arange(len(self.told)), self.told] = 1e-3 * self.scale[self.told]
+        if len(self.told):
+            _, grad = self.bound(sites, np.concatenate([root + move, root - move]), self.part)
+            own = (grad[len(move) :] - grad[: len(move)])[np.arange(len(move)), self.told] / (2e-3 * self.scale[self.told])
+            root_sd[self.told] = 1 / np.sqrt(np.maximum(own, 0.25 / self.scale[self.told] ** 2))
+        return Centre(root, root_sd, float(value[0]), loc, sd)
+
+    def initial(self, root: np.ndarray, loc: Mapping[str, np.ndarray]) -> Sites:
+        """Sites that say next to nothing."""
+        return Sites(
+            dict(loc), {b: np.full_like(x, 1e-4) for b, x in loc.items()}, root.copy(), np.zeros(len(root)), np.zeros((len(root), len(root)))
+        )
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far the sites were from what the data say at the centre, in posterior sds: root mean square, and all but one in a thousand."""
+
+    typical: float
+    worst: float
+
+
+def residual(sites: Sites, centre: Centre, scores: Scores) -> Residual:
+    """Score of the data less that of the sites, times the posterior sd: how far the next update moves each coordinate."""
+    away = [np.abs(scores.score[b] - sites.precision[b] * (sites.loc[b] - centre.loc[b])) * centre.sd[b] for b in sites.loc]
+    held = sites.pull - sites.root_precision @ (centre.root - sites.root)
+    root = np.abs(scores.root - held) * centre.root_sd
+    rows = np.concatenate([a.ravel() for a in away])
+    return Residual(float(max(np.sqrt(np.mean(rows**2)), root.max(initial=0.0))), float(max(np.quantile(rows, 0.999), root.max(initial=0.0))))
+
+
+def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> Sites:
+    """The sites of the next round; no coordinate moves by more than a few of its sds."""
+    loc, found = {}, {}
+    for b, old in sites.precision.items():
+        other = np.maximum(1 / centre.sd[b] ** 2 - old, 1e-12)  # what the laws above say
+        held = old * (sites.loc[b] - centre.loc[b])
+        k = np.maximum(np.abs(scores.curvature[b]), LEAST * other)
+        change = scores.score[b] - held
+        limit = LONGEST * centre.sd[b] * (other + k)
+        change = np.clip(change, -limit, limit)
+        pull = held + change
+        # A pull without the precision that belongs to it would drag the scales above to infinity: no site lies further off than its own sds.
+        far = np.abs(pull) / LONGEST
+        k = np.maximum(k, np.minimum(far**2, far / centre.sd[b]))
+        loc[b], found[b] = centre.loc[b] + pull / k, k
+    return Sites(loc, found, *_root_site(sites, centre, scores, scale))
+
+
+def _root_site(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The root's site: gradient and a positive definite precision; no step is longer than a quarter of the prior's scale."""
+    told = np.flatnonzero(centre.root_sd)
+    k = np.zeros_like(sites.root_precision)
+    held = sites.pull - sites.root_precision @ (centre.root - sites.root)
+    change = scores.root - held
+    if len(told):
+        sd = centre.root_sd[told]
+        values, vectors = np.linalg.eigh(scores.root_curvature[np.ix_(told, told)] * sd[:, None] * sd)
+        k[np.ix_(told, told)] = (vectors * np.maximum(np.abs(values), LEAST)) @ vectors.T / (sd[:, None] * sd)
+        limit = np.maximum(LONGEST * sd, 0.25 * scale[told]) * np.maximum(k.diagonal()[told], 1 / scale[told] ** 2)
+        change[told] = np.clip(change[told], -limit, limit)
+    return centre.root.copy(), held + change, k

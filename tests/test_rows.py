@@ -1,0 +1,153 @@
+"""Free rows: scores and curvatures against closed forms, sites against exact posteriors, coverage on a simulated cohort, and what the status says."""
+
+import math
+
+import numpy as np
+import xarray as xr
+from torch.distributions import HalfNormal, Normal
+
+import pavi_scale as ps
+from pavi_scale import rows, study
+from pavi_scale.cohort import open_cohort
+from pavi_scale.computation import StudyComputation
+from pavi_scale.diagnosing import status_of
+from pavi_scale.rows import Rows
+from pavi_scale.server.local import LocalEngine
+from pavi_scale.sites import residual
+from pavi_scale.training import Trainer
+from pipelines.hcp import make_cohort
+from pipelines.hcp import model as cortical
+
+
+def free(monkeypatch, *plates):
+    """Let these blocks have free rows, whatever the size of the study."""
+    chosen = frozenset(frozenset({p}) for p in plates)
+    monkeypatch.setattr(study, "choose_free", lambda *_: chosen)
+
+
+def groups(count=60, seed=0):
+    """Normal groups of unequal size; given the group effects, their data do not meet: diagonal sites are exact."""
+    rng = np.random.default_rng(seed)
+    group = np.sort(np.concatenate([np.arange(count), rng.integers(0, count, 9 * count)]))
+    y = 2.0 + 0.8 * rng.normal(size=count)[group] + rng.normal(size=len(group))
+    model = ps.Model(
+        ps.Plate("group"), ps.Plate("obs", within="group"),
+        mu=ps.latent(lambda: Normal(0.0, 5.0)), tau=ps.latent(lambda: HalfNormal(2.0)),
+        theta=ps.latent(lambda mu, tau: Normal(mu, tau), plates="group"), y=ps.observed(lambda theta: Normal(theta, 1.0), plates="obs"),
+    )
+    return model, xr.Dataset({"y": ("obs", y), "of": ("obs", group, {"instance_dimension": "group"})})
+
+
+def ratings(students=40, lecturers=8, count=400, seed=1):
+    """A crossed table: the lecturers' marginal precision given the students integrated out is dense."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, students, count), rng.integers(0, lecturers, count)
+    y = 1.0 + 0.8 * rng.normal(size=students)[a] + 0.6 * rng.normal(size=lecturers)[b] + rng.normal(size=count)
+    model = ps.Model(
+        ps.Plate("student"), ps.Plate("lecturer"), ps.Plate("rating", within=("student", "lecturer")),
+        level=ps.latent(lambda: Normal(0.0, 5.0)), a=ps.latent(lambda: Normal(0.0, 0.8), plates="student"),
+        b=ps.latent(lambda: Normal(0.0, 0.6), plates="lecturer"), y=ps.observed(lambda level, a, b: Normal(level + a + b, 1.0), plates="rating"),
+    )
+    index = {"s": ("rating", a, {"instance_dimension": "student"}), "l": ("rating", b, {"instance_dimension": "lecturer"})}
+    return model, xr.Dataset({"y": ("rating", y), **index})
+
+
+def trainer(model, data, seed=0):
+    made = study.prepare(open_cohort(data, model), seed=seed)
+    return Trainer(StudyComputation(made.graph, made.cohort, made.settings), LocalEngine(made.spec), seed, math.inf, lambda *_: None)
+
+
+def test_score_and_curvature_are_those_of_the_marginal_with_the_students_integrated_out(monkeypatch):
+    model, data = ratings()
+    free(monkeypatch, "lecturer")
+    made = Rows(trainer(model, data))
+    a, b = np.eye(40)[data["s"].values], np.eye(8)[data["l"].values]
+    noise = np.linalg.inv(np.eye(400) + 0.64 * a @ a.T)  # precision of y given level and lecturers
+    design = np.concatenate([np.ones((400, 1)), b], 1)
+    hessian = design.T @ noise @ design
+    sites = made.upper.initial(np.array([0.7]), {"lecturer": np.linspace(-1, 1, 8)[:, None]})
+    centre = made.upper.centre(sites, np.array([0.7]))
+    centre.loc["lecturer"], centre.sd["lecturer"], centre.root_sd[:] = np.linspace(-1, 1, 8)[:, None], np.full((8, 1), 0.1), 0.1
+    found = [made.round(made.count, centre, step) for step in range(100, 160)]
+    score = design.T @ noise @ (data["y"].values - design @ np.concatenate([[0.7], np.linspace(-1, 1, 8)]))
+    np.testing.assert_allclose(found[0].root, score[:1], rtol=1e-3)
+    np.testing.assert_allclose(found[0].score["lecturer"][:, 0], score[1:], rtol=1e-3, atol=0.02)
+    curvature = np.mean([f.curvature["lecturer"][:, 0] for f in found], 0)
+    error = np.std([f.curvature["lecturer"][:, 0] for f in found], 0) / math.sqrt(60) + 1e-3
+    assert np.abs((curvature - np.diagonal(hessian)[1:]) / error).max() < 4
+    assert np.abs((curvature - b.sum(0)) / error).max() > 8  # the students known, not integrated out: the test would see it
+
+
+def test_rows_of_separate_groups_give_the_exact_posterior(monkeypatch):
+    model, data = groups()
+    exact = ps.fit(model, data, progress=False)
+    free(monkeypatch, "group")
+    monkeypatch.setattr(rows, "FIRST", 30)  # so that selections grow
+    found = ps.fit(model, data, progress=False)
+    assert (exact.status, found.status) == ("ok", "ok")
+    assert set(found.datatree["fit"]["stage"].values) == {"start", "sites", "pass", "refit"}
+    for name in ("theta", "mu", "tau"):
+        mean, sd = (np.asarray(exact.datatree[g][name]) for g in ("posterior_mean", "posterior_sd"))
+        shift = (np.asarray(found.datatree["posterior_mean"][name]) - mean) / sd
+        ratio = np.asarray(found.datatree["posterior_sd"][name]) / sd
+        # the root is a normal approximation in log tau about its mode
+        assert np.abs(shift).max() < (0.15 if name == "tau" else 0.05), name
+        assert np.abs(np.log(ratio)).max() < 0.06, name
+
+
+def test_couplings_that_rows_lose_are_told(monkeypatch):
+    model, data = ratings()
+    assert ps.fit(model, data, progress=False).status == "ok"
+    free(monkeypatch, "lecturer")
+    found = ps.fit(model, data, progress=False)
+    assert found.status in ("unreliable", "unconverged")
+    facts = {"converged": True, "trace": [["pass", 0.0]]}
+    assert [status_of({**facts, "lost": x}, [], None) for x in (0.1, 0.9)] == ["ok", "unreliable"]
+
+
+def test_a_site_out_of_place_leaves_a_residual(monkeypatch):
+    model, data = groups()
+    free(monkeypatch, "group")
+    made = Rows(trainer(model, data))
+    taken = {}
+    made.fit(lambda state, step: taken.update(state=state, step=step))
+    sites = rows.Sites.of(taken["state"])
+    root = taken["state"]["root/loc"]
+    for moved, least, most in ((0.0, 0.0, 0.02), (0.5, 0.3, 0.6)):
+        sites.loc["group"] = sites.loc["group"] + moved / np.sqrt(sites.precision["group"])
+        centre = made.upper.solve(sites, root)
+        left = residual(sites, centre, made.round(made.count, centre, 99))
+        assert least <= left.typical <= most
+
+
+def test_a_fit_goes_on_from_any_checkpoint_as_if_never_stopped(monkeypatch):
+    model, data = groups()
+    free(monkeypatch, "group")
+    monkeypatch.setattr(rows, "FIRST", 30)
+    kept = []
+    whole = Rows(trainer(model, data)).fit(lambda state, step: kept.append(({k: v.copy() for k, v in state.items()}, step)))
+    for state in (kept[0], kept[-2]):
+        again = Rows(trainer(model, data)).fit(lambda *_: None, state)
+        assert {k: v.tobytes() for k, v in again.state.items()} == {k: v.tobytes() for k, v in whole.state.items()}
+
+
+def test_intervals_of_a_small_cortical_study_hold_the_truth(tmp_path):
+    path = str(tmp_path / "c.zarr")
+    make_cohort(path, subjects=8, vertices=600, features=16, seed=4)
+    truth = xr.open_zarr(path, group="truth", consolidated=False).load()
+    found = ps.fit(cortical, path, progress=False)
+    assert found.status == "ok"
+    mean, sd = found.datatree["posterior_mean"], found.datatree["posterior_sd"]
+    order = np.corrcoef(mean["mu"].values, truth["mu"].values)[:7, 7:].argmax(1)
+    assert sorted(order) == list(range(7))
+    held = {}
+    for name, axis in (("mu", 0), ("mu_subject", 1), ("mu_session", 2)):
+        z = (mean[name].values - truth[name].values.take(order, axis)) / sd[name].values
+        assert np.corrcoef(mean[name].values.ravel(), truth[name].values.take(order, axis).ravel())[0, 1] > 0.98
+        held[name] = [(np.abs(z) < x).mean() for x in (0.6745, 1.645)]
+        wrong = (np.abs(z) < 0.5 * 1.645).mean()
+    for name, tolerance in (("mu", 0.1), ("mu_subject", 0.05), ("mu_session", 0.04)):
+        np.testing.assert_allclose(held[name], (0.5, 0.9), atol=tolerance, err_msg=name)
+    assert wrong < 0.75  # intervals of half the width would be seen
+    correct = (order[mean["label_logits"].values.argmax(-1)] == truth["label_logits"].values.argmax(-1)).mean()
+    assert correct > 0.6
