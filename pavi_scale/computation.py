@@ -360,17 +360,22 @@ class StudyComputation:
     def task_moments(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Posterior mean and sd of a shard's latents over root points `state["points"]`: written to the store, or returned.
 
-        A latent is written here if the shard is a whole region of its array; the others come back as `mean/<latent>`, `sd/<latent>`,
+        The components of `task["limits"]` look at that many of the points only. A latent is written here if the shard is a whole region of its
+        array; the others come back as `mean/<latent>`, `sd/<latent>`,
         with the positions of ragged units as `units/<plate>`.
         """
         reduced, shard = self.shard(task)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
+        limits = self._limits(reduced, shard, task.get("limits", {}), len(points))
         with torch.no_grad():
-            for start in range(0, len(points), size):
-                part = points[start : start + size]
-                moments.add(self.space.values(torch.tensor(part, dtype=self.dtype)), len(part))
+            start = 0
+            while start < max(limits.values(), default=0):
+                going = {name: stop for name, stop in limits.items() if stop > start}
+                part = points[start : min(start + size, *going.values())]
+                moments.add(self.space.values(torch.tensor(part, dtype=self.dtype)), len(part), going)
+                start += len(part)
         out: dict[str, np.ndarray] = {}
         for name, (mean, sd) in moments.result().items():
             plates = self.graph.model.variables[name].plates
@@ -386,6 +391,12 @@ class StudyComputation:
             out[f"mean/{name}"], out[f"sd/{name}"] = mean, sd
             out.update({f"units/{p}": reduced.selection.units[p] for p in plates})
         return out
+
+    def _limits(self, reduced: Reduced, shard: Shard, asked: Mapping[str, int], most: int) -> dict[str, int]:
+        """Root points that each component looks at in a shard; one that the shard does not answer for serves those that need its draws."""
+        here = {c.name: self.guide.counted(reduced, c.blocks[-1].plates, shard.plate, shard.first) for c in self.guide.components}
+        needed = max((min(most, asked.get(n, most)) for n, own in here.items() if own), default=0)
+        return {n: min(most, asked.get(n, most)) if own else needed for n, own in here.items()}
 
     def block(self, name: str) -> Block:
         """A block by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -56,13 +56,16 @@ class Moments:
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
         self.shift: dict[str, Tensor] = {}
-        self.count = 0
+        self.count: dict[str, int] = {}
 
-    def add(self, root: Mapping[str, Value], particles: int) -> None:
-        """Account for K root points."""
+    def add(self, root: Mapping[str, Value], particles: int, only: Collection[str] | None = None) -> None:
+        """Account for K root points, for the components named `only` (an earlier one that they need must be among them), by default for all."""
         values: dict[str, Value] = dict(root)
-        self.count += particles
         for component in self.guide.components:
+            if only is not None and component.name not in only:
+                continue
+            for latent in (n for b in component.blocks for n in b.latents):
+                self.count[latent] = self.count.get(latent, 0) + particles
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
             core = fit_core(local, differentiable=False)
             closed = {b.name for b in component.blocks if b.name not in component.resampled and all(self.guide.graph.links[n].identity for n in b.latents)}
@@ -107,8 +110,8 @@ class Moments:
         for latent, shift in self.shift.items():
             block = next(b for b in self.guide.blocks if latent in b.latents)
             v = self.guide.graph.model.variables[latent]
-            mean = self.first[latent] / self.count
-            variance = (self.second[latent] / self.count - mean * mean).clamp_min(0.0)
+            mean = self.first[latent] / self.count[latent]
+            variance = (self.second[latent] / self.count[latent] - mean * mean).clamp_min(0.0)
             sizes = self.reduced.sizes(block.plates)
             order = [*(block.plates.index(p) for p in v.plates), *range(len(v.plates), len(v.plates) + len(v.dims))]
             shaped = [t.reshape(*sizes, *self.guide.graph.shape(v)).permute(order).numpy() for t in (shift + mean, variance.sqrt())]

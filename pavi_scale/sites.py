@@ -30,6 +30,7 @@ from pavi_scale.guide.root import RootSpace
 from pavi_scale.moments import conditional_moments
 from pavi_scale.plates import ancestors
 from pavi_scale.reduced import Reading, Reduced, Value
+from pavi_scale.rng import stream
 from pavi_scale.scores import Scores, speaks_of, upper
 from pavi_scale.settings import precision
 
@@ -37,6 +38,7 @@ LONGEST = 3.0  # posterior sds that one update may move a coordinate
 POINTS = 1 << 21  # coordinates x root points looked at together
 CURVATURE = 20_000_000  # the same for one curvature of the root
 LEAST_UNITS = 8
+DIRECTIONS = 4  # random ones, from which the search of the root's mode takes its scales
 AVERAGED = 3  # Newton steps from the root's mode to its mean
 LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
 
@@ -179,21 +181,29 @@ class Upper:
         values, vectors = np.linalg.eigh(h)
         return np.asarray((vectors / np.maximum(np.abs(values), 0.25)) @ vectors.T * self.scale[:, None] * self.scale)
 
+    def widths(self, sites: Sites, root: np.ndarray) -> np.ndarray:
+        """About the inverse root of the curvature's diagonal at a root point, `[R]`, from a few random directions (Bekas, Kokiopoulou & Saad 2007)."""
+        signs = np.random.default_rng(stream(0, "directions") % 2**63).choice([-1.0, 1.0], (DIRECTIONS, len(root)))
+        move = 1e-3 * self.scale * signs
+        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), self.coarse)
+        own = ((grad[DIRECTIONS:] - grad[:DIRECTIONS]) * signs).mean(0) / (2e-3 * self.scale)
+        return np.asarray(1 / np.sqrt(np.maximum(np.abs(own), 0.25 / self.scale**2)))
+
     def solve(self, sites: Sites, start: np.ndarray) -> Centre:
         """Mode of the root's marginal from a start, and the free blocks there."""
         if not len(start):
             return self.centre(sites, start)
-        # The sites' precision grows by orders of magnitude over the rounds: the search is whitened by the curvature.
-        factor = np.linalg.cholesky(self.covariance(sites, start, self.coarse))
+        # The sites' precision grows by orders of magnitude over the rounds: the search is whitened by the curvature's diagonal.
+        width = self.widths(sites, start)
 
         def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
-            value, grad = self.bound(sites, (start + factor @ y)[None])
+            value, grad = self.bound(sites, (start + width * y)[None])
             if not (np.isfinite(value[0]) and np.isfinite(grad).all()):
                 return 1e300, np.zeros_like(y)
-            return -float(value[0]), -grad[0] @ factor
+            return -float(value[0]), -grad[0] * width
 
         found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": 5e-3})
-        return self.centre(sites, start + factor @ found.x)
+        return self.centre(sites, start + width * found.x)
 
     def average(self, sites: Sites, root: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Location and covariance of the Gaussian that fits the root's marginal best on average (E[gradient] = 0), from its mode.
@@ -205,8 +215,8 @@ class Upper:
             root: Where to start, `[R]`.
             normals: Standard normals, `[P, R]`, used with both signs.
         """
+        covariance = self.covariance(sites, root)
         for _ in range(AVERAGED):
-            covariance = self.covariance(sites, root)
             move = normals @ np.linalg.cholesky(covariance).T
             _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
             step = covariance @ grad.mean(0)

@@ -44,9 +44,10 @@ def write_posterior(
     split = study.settings.split
     writer = PosteriorWriter.create(run.path, context, chunks={split: length} if split else None)
     pool = Pool(state["pool/points"], np.zeros(0), state["pool/weight"], 0.0, None)  # type: ignore[arg-type]
-    count = moment_points(study, min(MOST_CANDIDATES, computation.draws_per_unit(state)))
-    picks = pool.resample((np.arange(count) + 0.5) / count)
-    answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, tasks)
+    limits = moment_points(study, min(MOST_CANDIDATES, computation.draws_per_unit(state)))
+    count = max(limits.values(), default=1)
+    picks = pool.resample(spread(min(limits.values(), default=count), count))
+    answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, [{**t, "limits": limits} for t in tasks])
     write_root(writer, computation, state)
     write_returned(writer, study, answers)
     status, tables = diagnose(computation, engine, state, facts, int(config["seed"]), trainer.tasks())
@@ -59,18 +60,27 @@ def write_posterior(
     return {"phase": "done", "status": status, "elbo": nats, "elbo_error": error if error is not None and math.isfinite(error) else None}
 
 
-def moment_points(study: Study, draws: int) -> int:
-    """Root points that the moments are averaged over: as many as a pass can afford.
+def spread(few: int, count: int) -> np.ndarray:
+    """Numbers in (0, 1) of which the first `few` are spread out evenly, and all of them nearly (multiples of the golden ratio)."""
+    return np.concatenate([(np.arange(few) + 0.5) / few, (0.5 + np.arange(count - few) * 0.6180339887498949) % 1.0])
+
+
+def moment_points(study: Study, draws: int) -> dict[str, int]:
+    """Root points that the moments of each component are averaged over: as many as a pass can afford.
 
     Args:
         study: The study.
         draws: Candidates of each draw of a resampled block; laws that touch one are computed for each.
     """
     layout, model = study.cohort.layout, study.graph.model
-    resampled = {f.variable for c in study.guide.components for f in c.factors if f.touches[-1][0] in c.resampled}
-    work = [math.prod(layout.cardinality[p] for p in v.plates) * (draws if v.name in resampled else 1) for v in model.of_kind("observed", "latent")]
-    budget, least, most = (2e6, 2, 64) if study.settings.free else (1e7, 4, 512)
-    return int(np.clip(budget // max(work, default=1), least, most))
+    budget, least, most = (1e6, 2, 64) if study.settings.free else (1e7, 4, 512)
+    out: dict[str, int] = {}
+    for c in study.guide.components:
+        sizes = [(f, math.prod(layout.cardinality[p] for p in model.variables[f.variable].plates)) for f in c.factors]
+        out[c.name] = int(np.clip(budget // max((n * (draws if f.touches[-1][0] in c.resampled else 1) for f, n in sizes), default=1), least, most))
+    for i, c in enumerate(study.guide.components):  # a component that a later one needs looks at as many points at least
+        out[c.name] = max(out[c.name], *(out[later.name] for later in study.guide.components[i:]))
+    return out
 
 
 def write_root(writer: PosteriorWriter, computation: StudyComputation, state: Mapping[str, np.ndarray]) -> None:
