@@ -30,7 +30,7 @@ from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
-from pavi_scale.starts import renumbered, start_points
+from pavi_scale.starts import highest, renumbered, start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
@@ -102,6 +102,7 @@ class Trainer:
     state: dict[str, np.ndarray] = field(default_factory=dict)
     modes: int = 1
     missed: float = 0.0
+    explored: dict[bytes, tuple[dict[str, np.ndarray], float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
 
@@ -171,12 +172,14 @@ class Trainer:
         first = samples[0]
         cost = cost if first is None else cost * len(first.units) / first.total
         centres = start_points(self.study, draws, self.seed)
-        starts = centres if len(centres) else draws[: 64 if cost < 0.05 else 16]
+        followed = 3 if cost < 0.02 else 2 if cost < 0.2 else 1
         explore = self._explore if first is None else lambda point: None
+        starts = draws[: 64 if cost < 0.05 else 16]
+        if len(centres):
+            starts = highest(centres[: 1 + followed], partial(self.bound, sample=first), explore, min(2, followed))
         found = find_mode(
-            partial(self.bound, sample=first), starts, starts=3 if cost < 0.02 else 2 if cost < 0.2 else 1,
-            max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)), deadline=self.deadline, on_step=self.tell, on_start=explore,
-            unit=scale if len(centres) else None,
+            partial(self.bound, sample=first), starts, starts=followed, max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)),
+            deadline=self.deadline, on_step=self.tell, on_start=explore, unit=scale if len(centres) else None,
         )
         explore(found[0][0])
         mode, cov, converged = polish(partial(self.bound, sample=first), found[0][0], scale, 4)
@@ -197,14 +200,19 @@ class Trainer:
         layout, remembered = self.study.layout, [c for c in self.study.guide.components if c.remembered]
         if not remembered or sum(coordinates(c, layout.cardinality) for c in remembered) > REMEMBERED:
             return
-        answers = self.engine.round("starts", {"points": point[None]}, self.tasks())
-        for block in (b for c in remembered for b in c.blocks):
-            table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), block.dim))
-            for answer in answers:
-                if f"start/{block.name}" in answer:
-                    table[answer[f"at/{block.name}"]] = answer[f"start/{block.name}"]
-            self.state[f"start/{block.name}"] = table
-        self.missed = max(float(np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]).mean()) for c in remembered)
+        key = point.tobytes()
+        if key not in self.explored:
+            answers, tables = self.engine.round("starts", {"points": point[None]}, self.tasks()), {}
+            for block in (b for c in remembered for b in c.blocks):
+                table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), block.dim))
+                for answer in answers:
+                    if f"start/{block.name}" in answer:
+                        table[answer[f"at/{block.name}"]] = answer[f"start/{block.name}"]
+                tables[f"start/{block.name}"] = table
+            missed = [np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]).mean() for c in remembered]
+            self.explored[key] = tables, float(max(missed))
+        tables, self.missed = self.explored[key]
+        self.state.update(tables)
 
     def cost(self, weighted: bool) -> float:
         """Modelled seconds of L at one point: a function of sizes alone, so that the same seed does the same work on any machine."""

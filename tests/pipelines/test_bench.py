@@ -261,6 +261,6 @@ def test_flat_cost_asks_for_disk(tmp_path):
 
 def test_modules_of_rivals_are_scripts_apart():
     """Nothing of the harness imports them: it works without their libraries."""
-    for name in ("rival_numpyro", "rival_pyro"):
+    for name in ("rival_mixture", "rival_numpyro", "rival_pyro"):
         assert f"pipelines.bench.{name}" not in sys.modules
         assert importlib.util.find_spec(f"pipelines.bench.{name}") is not None
