@@ -109,7 +109,7 @@ def shifted_clusterings(sample: np.ndarray, group: np.ndarray, k: int, seed: int
     parts = [sample[group == g][: max(8 * k, SHIFTED // len(present))] for g in present]
     total, d = sum(map(len, parts)), sample.shape[1]
     pooled = np.concatenate(parts)
-    middle, wide = pooled.mean(0), float(pooled.var(0).mean()) + 1e-300
+    middle, wide = pooled.mean(0), float(pooled.var(0).mean() + 1e-12 * (1.0 + np.square(pooled).max()))
     attempts = int(np.clip(WORK // (total * k * d), 8, ATTEMPTS))
     centre = np.stack([_seeded(parts, k, attempt, rng) for attempt in range(attempts)])  # [a, g, k, d]
     mu = centre.mean(1)
