@@ -16,11 +16,11 @@ from pavi_scale.marginal import Bound
 from pavi_scale.rng import stream
 
 SAMPLE = 6_000  # observed vectors that are clustered
-MIXTURE_STARTS = 4
+MIXTURE_STARTS, POOLED_STARTS = 5, 4  # sets of centres; of them from pooled vectors at most
 CLUSTERINGS = 10
 SHIFTED = 1_000  # observed vectors that are clustered by groups
 GROUPED = 32  # groups they come from at most
-SHIFTED_STARTS, SHIFTED_FIRST = 5, 3  # of them kept, and tried before those of the pooled vectors
+SHIFTED_STARTS = 3  # of them kept, and tried before those of the pooled vectors
 HOPELESS = 30.0  # nats below the best start at which a start is not followed
 ATTEMPTS, ROUNDS = 96, 60  # starts of such a clustering, and steps of EM
 WORK = 2_000_000  # numbers of one such step at most
@@ -29,8 +29,9 @@ WORK = 2_000_000  # numbers of one such step at most
 def start_points(study: StudyComputation, draws: np.ndarray, seed: int) -> np.ndarray:
     """Root points `[N, R]` to start from: prior draws in which the centres of mixtures, if any, come from the data.
 
-    A root latent of dims (k, *d) over an observed variable of dims d is taken for the k centres of a mixture: its rows are the
-    centres of a k-means (k-means++ seeding, Arthur & Vassilvitskii 2007) of a sample of the observed vectors.
+    A root latent of dims (k, *d) over an observed variable of dims d is taken for the k centres of a mixture: its rows are the centres of
+    clusterings of a sample of the observed vectors. Where units have centres of their own about the root's (a latent of the same dims
+    between the two), clusterings that allow for it come first (`shifted_clusterings`), then k-means of the pooled vectors (`clusterings`).
     """
     found = [c for c in (centres(study, name, seed) for name in study.space.names) if c is not None]
     if not found:
@@ -71,14 +72,16 @@ def centres(study: StudyComputation, name: str, seed: int) -> tuple[str, list[np
                 return None
             sets = clusterings(sample, k, stream(seed, name))
             if (group != group[0]).any():
-                shifted_sets = shifted_clusterings(sample, group, k, stream(seed, name, "groups"))
-                sets = [*shifted_sets[:SHIFTED_FIRST], *sets[:1], *shifted_sets[SHIFTED_FIRST:], *sets[1:]]
-            return (name, [s.reshape(graph.shape(v)) for s in sets]) if sets else None
+                sets = shifted_clusterings(sample, group, k, stream(seed, name, "groups")) + sets
+            return (name, [s.reshape(graph.shape(v)) for s in sets[:MIXTURE_STARTS]]) if sets else None
     return None
 
 
 def clusterings(sample: np.ndarray, k: int, seed: int) -> list[np.ndarray]:
-    """The tightest of several k-means clusterings of `[m, d]`, each `[k, d]`, all different: single ones often merge two clusters."""
+    """The tightest of several k-means clusterings of `[m, d]`, each `[k, d]`, all different: single ones often merge two clusters.
+
+    k-means++ seeding (Arthur & Vassilvitskii 2007).
+    """
     found = []
     for attempt in range(CLUSTERINGS):
         try:
@@ -88,7 +91,7 @@ def clusterings(sample: np.ndarray, k: int, seed: int) -> list[np.ndarray]:
         found.append((float(((sample - rows[label]) ** 2).sum()), attempt, rows))
     found.sort(key=lambda f: f[:2])
     different = [f for i, f in enumerate(found) if i == 0 or f[0] > found[i - 1][0] * (1 + 1e-6)]
-    return [rows for _, _, rows in different[:MIXTURE_STARTS]]
+    return [rows for _, _, rows in different[:POOLED_STARTS]]
 
 
 def shifted_clusterings(sample: np.ndarray, group: np.ndarray, k: int, seed: int) -> list[np.ndarray]:

@@ -182,6 +182,7 @@ class Trainer:
             deadline=self.deadline, on_step=self.tell, on_start=explore, unit=scale if len(centres) else None,
         )
         explore(found[0][0])
+        self.explored.clear()
         mode, cov, converged = polish(partial(self.bound, sample=first), found[0][0], scale, 4)
         self.modes = 1 + other_modes(found, cov, lambda other, sd: renumbered(self.study, other, found[0][0], sd)) + (self.missed > MISSED)
         for sample in samples[1:]:
