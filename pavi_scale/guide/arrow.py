@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pavi_scale.guide.gaussian import DIGITS, Pair, back, factorise, forward, log_det, solve
 
 SLAB = 1 << 22  # numbers of a front or its square held at once
-FULL = 8  # a unit that touches more than one in so many columns of the rest is given all: one matrix product beats many small ones
+FULL = 12  # a unit that touches more than one in so many columns of the rest is given all: one matrix product beats many small ones
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ class _Taken(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Gradients with respect to factors and terms."""
         pattern, (factor, *values) = ctx.pattern, ctx.saved_tensors
@@ -213,7 +215,7 @@ class _Taken(torch.autograd.Function):
         of_factor, of_values = torch.zeros_like(factor), [torch.zeros(v.shape, dtype=v.dtype) for v in values]
         for front, at, lower, w in _rows(pattern, factor, values):
             if front.columns is None:
-                m = w @ both[at][:, None]
+                m = (w.flatten(1, 2) @ both[at]).reshape(w.shape)
             else:
                 where = front.columns[:, :, None] * t + front.columns[:, None, :]
                 m = w @ both[at].reshape(len(w), -1).index_select(1, where.flatten()).reshape(len(w), *where.shape)
@@ -359,10 +361,10 @@ def _rest(pattern: Pattern, own: Mapping[str, Tensor], couplings: Sequence[Coupl
         out = out.index_add(1, _positions(pattern, (b, b), unit, unit), value.flatten(1))
     for found in couplings:
         if pattern.head not in found.pair:
-            a, b = (torch.arange(found.value.shape[1]) if at is None else at for at in found.at)
+            row, column = (torch.arange(found.value.shape[1]) if at is None else at for at in found.at)
             value = flat(found.value)
-            out = out.index_add(1, _positions(pattern, found.pair, a, b), value.flatten(1))
-            out = out.index_add(1, _positions(pattern, found.pair[::-1], b, a), value.mT.flatten(1))
+            out = out.index_add(1, _positions(pattern, found.pair, row, column), value.flatten(1))
+            out = out.index_add(1, _positions(pattern, found.pair[::-1], column, row), value.mT.flatten(1))
     return out.unflatten(1, (t, t))
 
 
