@@ -19,10 +19,10 @@ from pavi_scale.reduced import Reduced, Value
 
 
 def conditional_moments(core: Core, z: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a block's coordinates given the root and its sampled coarser blocks, `[K, n, C, e]`."""
+    """Mean and variance of a block's coordinates given the root, `[K, n, C, e]`; on a tree given its sampled coarser blocks, too."""
     gaussian = core.expansion.gaussian
     if isinstance(gaussian, Arrow):
-        return gaussian.conditional(core.mode, z) if name == gaussian.pattern.head else core.mode[name], gaussian.variance(name)
+        return core.mode[name], gaussian.variance(name)
     factor = gaussian.factor[name]
     if factor.shape[-1] == 1:
         variance = factor[..., 0] ** -2.0

@@ -4,182 +4,22 @@ Every law touches one unit of each block, so that within a block the precision i
 
     H = [[H_jj, B], [B^T, H_rr]],   S = H_rr - sum_u B_u^T H_uu^-1 B_u,   z_r ~ N(m_r, S^-1),   z_j | z_r ~ N(m_j - H_jj^-1 B (z_r - m_r), H_jj^-1),
 
-an arrow-shaped Cholesky factor (Rue & Held, Gaussian Markov Random Fields, 2005, section 2.4). B is a list of terms, one per law and ground unit;
-it is made dense for a few units at a time, over the columns that they touch only (their fronts; Duff & Reid 1983).
+an arrow-shaped Cholesky factor (Rue & Held, Gaussian Markov Random Fields, 2005, section 2.4). B is never dense as a whole (`fronts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pavi_scale.guide.fronts import SLAB, Coupling, Front, Pattern
 from pavi_scale.guide.gaussian import DIGITS, Pair, back, factorise, forward, log_det, solve
-
-SLAB = 1 << 22  # numbers of a front or its square held at once
-FULL = 12  # a unit that touches more than one in so many columns of the rest is given all: one matrix product beats many small ones
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """Cross derivatives of one law.
-
-    Args:
-        pair: Two blocks (a, b).
-        at: Unit of a, and of b, of each ground unit of the law, `[n_f]`; None for the identity.
-        value: Minus second derivatives, `[K, n_f, C, e_a, e_b]`.
-    """
-
-    pair: Pair
-    at: tuple[Tensor | None, Tensor | None]
-    value: Tensor
-
-
-@dataclass(frozen=True)
-class Link:
-    """Where the terms of one law lie in B: unit of the eliminated block, block of the rest and unit there, `[n_f]`; `turned` if stored (rest, eliminated)."""
-
-    number: int
-    turned: bool
-    head: Tensor
-    block: str
-    unit: Tensor
-
-
-@dataclass(frozen=True)
-class Front:
-    """Units of the eliminated block whose rows of B are made dense together.
-
-    Args:
-        units: `[U]`.
-        columns: Columns of the rest that each touches, `[U, w]`, padded by columns where its row is zero; None for all columns.
-        width: w.
-        terms: Positions of their terms, for each link.
-        where: Flat positions of those in `[U, e, w]`, for each link.
-    """
-
-    units: Tensor
-    columns: Tensor | None
-    width: int
-    terms: tuple[Tensor, ...]
-    where: tuple[Tensor, ...]
-
-    @property
-    def entries(self) -> int:
-        """Numbers held per particle."""
-        return len(self.units) * self.width * (1 if self.columns is None else self.width)
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which block is eliminated, and what of B each of its units touches.
-
-    Args:
-        head: The eliminated block.
-        sizes: Block -> (n, e).
-        starts: Block of the rest -> its first column.
-        total: Columns of the rest, T.
-        links: The terms of B.
-        fronts: All units of the eliminated block that touch the rest.
-    """
-
-    head: str
-    sizes: Mapping[str, tuple[int, int]]
-    starts: Mapping[str, int]
-    total: int
-    links: tuple[Link, ...]
-    fronts: tuple[Front, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = [t for link in self.links for t in (link.head, link.unit)]
-        held += [t for f in self.fronts for t in (f.units, *f.terms, *f.where, *([] if f.columns is None else [f.columns]))]
-        return sum(t.numel() * t.element_size() for t in held)
-
-
-def make_pattern(sizes: Mapping[str, tuple[int, int]], couplings: Sequence[Coupling]) -> Pattern:
-    """The block with most coordinates is eliminated; units are gathered in fronts of like widths."""
-    head = max(sizes, key=lambda b: sizes[b][0] * sizes[b][1])
-    starts, first, total, rest = {}, {}, 0, 0
-    for b, (n, e) in sizes.items():
-        if b != head:
-            starts[b], first[b] = total, rest
-            total, rest = total + n * e, rest + n
-    links = []
-    for number, found in enumerate(couplings):
-        if head in found.pair:
-            side = found.pair.index(head)
-            mine, theirs = (torch.arange(found.value.shape[1]) if t is None else t for t in (found.at[side], found.at[1 - side]))
-            links.append(Link(number, side == 1, mine, found.pair[1 - side], theirs))
-    if not links:
-        return Pattern(head, dict(sizes), starts, total, (), ())
-    # Each pair of a unit and a unit of the rest that it touches, once, in the order of the units; and the columns of those.
-    key, inverse = torch.unique(torch.cat([k.head * rest + first[k.block] + k.unit for k in links]), return_inverse=True)
-    width = torch.cat([torch.full((sizes[b][0],), sizes[b][1]) for b in starts])[key % rest]
-    column = torch.cat([starts[b] + sizes[b][1] * torch.arange(sizes[b][0]) for b in starts])[key % rest]
-    own = torch.zeros(sizes[head][0], dtype=torch.long).index_add(0, key // rest, width)
-    place = width.cumsum(0) - width - (own.cumsum(0) - own)[key // rest]
-    each = inverse.split([len(k.head) for k in links])
-    return Pattern(head, dict(sizes), starts, total, tuple(links), tuple(_fronts(sizes, head, total, links, each, key // rest, width, column, place, own)))
-
-
-def _fronts(
-    sizes: Mapping[str, tuple[int, int]], head: str, total: int, links: Sequence[Link], each: Sequence[Tensor],
-    owner: Tensor, width: Tensor, column: Tensor, place: Tensor, own: Tensor,
-) -> Iterator[Front]:
-    """Units in order of their widths, cut where the width has grown by half and where a slab is full.
-
-    Args:
-        sizes: As in `Pattern`.
-        head: As in `Pattern`.
-        total: As in `Pattern`.
-        links: As in `Pattern`.
-        each: Entry of each term, by link.
-        owner: Unit of each entry.
-        width: Columns of each entry.
-        column: Its first column in the rest.
-        place: Its first column in its unit's front.
-        own: Columns of each unit.
-    """
-    e = sizes[head][1]
-    full = own * FULL > total
-    level = torch.where(full, 1000, (2 * own.clamp_min(1).double().log2()).ceil().long())
-    slab, local = torch.full_like(own, -1), torch.zeros_like(own)
-    plans: list[tuple[Tensor, int, bool]] = []
-    for value in torch.unique(level[own > 0]).tolist():
-        units = torch.nonzero((level == value) & (own > 0))[:, 0]
-        dense = value == 1000
-        wide = total if dense else int(own[units].max())
-        for part in units.split(max(1, SLAB // (wide * (e if dense else max(e, wide))))):
-            slab[part], local[part] = len(plans), torch.arange(len(part))
-            plans.append((part, wide, dense))
-    entries = _by(slab[owner], len(plans))
-    terms = [_by(slab[k.head], len(plans)) for k in links]
-    for number, (units, wide, dense) in enumerate(plans):
-        columns = None
-        if not dense:
-            mine = entries[number]
-            again = torch.repeat_interleave(mine, width[mine])
-            step = torch.arange(len(again)) - torch.repeat_interleave(width[mine].cumsum(0) - width[mine], width[mine])
-            columns = torch.zeros(len(units), wide, dtype=torch.long)
-            columns[local[owner[again]], place[again] + step] = column[again] + step
-        where = []
-        for link, entry, chosen in zip(links, each, terms, strict=True):
-            at = chosen[number]
-            start = (column if dense else place)[entry[at]]
-            row = local[link.head[at]][:, None] * e + torch.arange(e)
-            where.append((row[:, :, None] * wide + start[:, None, None] + torch.arange(sizes[link.block][1])).flatten())
-        yield Front(units, columns, wide, tuple(t[number] for t in terms), tuple(where))
-
-
-def _by(label: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Positions of each label."""
-    return torch.argsort(label, stable=True).split(torch.bincount(label, minlength=count).tolist())
 
 
 class _Taken(torch.autograd.Function):
@@ -201,8 +41,7 @@ class _Taken(torch.autograd.Function):
                 out[at] += flat.mT @ flat
             else:
                 square = w.mT * w if lower.shape[-1] == 1 else w.mT @ w
-                where = front.columns[:, :, None] * t + front.columns[:, None, :]
-                out[at].view(len(w), -1).index_add_(1, where.flatten(), square.flatten(1))
+                out[at].view(len(w), -1).index_add_(1, _squares(pattern, front).flatten(), square.flatten(1))
         return out
 
     @staticmethod
@@ -210,16 +49,10 @@ class _Taken(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Gradients with respect to factors and terms."""
         pattern, (factor, *values) = ctx.pattern, ctx.saved_tensors
-        t = pattern.total
         both = grad + grad.mT
         of_factor, of_values = torch.zeros_like(factor), [torch.zeros(v.shape, dtype=v.dtype) for v in values]
         for front, at, lower, w in _rows(pattern, factor, values):
-            if front.columns is None:
-                m = (w.flatten(1, 2) @ both[at]).reshape(w.shape)
-            else:
-                where = front.columns[:, :, None] * t + front.columns[:, None, :]
-                m = w @ both[at].reshape(len(w), -1).index_select(1, where.flatten()).reshape(len(w), *where.shape)
-            m = m / lower if lower.shape[-1] == 1 else torch.linalg.solve_triangular(lower.mT, m, upper=True)
+            m = _back(lower, _times(pattern, front, w, both[at]))
             of_factor[at, front.units] = -(m @ w.mT).tril()
             for out, terms, where in zip(of_values, front.terms, front.where, strict=True):
                 out[at, terms] = m.flatten(1).index_select(1, where).reshape(len(w), len(terms), *out.shape[2:])
@@ -294,11 +127,46 @@ class Arrow:
         share = (log_det(self.factor) / n)[:, None]
         return {self.pattern.head: log_det(self.head), **{b: share.expand(-1, self.pattern.sizes[b][0]) for b in self.pattern.starts}}
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """S^-1, `[K, C, T, T]`."""
+        return torch.cholesky_inverse(self.factor)
+
     def variance(self, name: str) -> Tensor:
-        """Variances of a block's coordinates, `[K, n, C, e]`: of the eliminated one given the rest, of the others marginally."""
+        """Marginal variances of a block's coordinates, `[K, n, C, e]`; of the eliminated one, the diagonal of H_uu^-1 + H_uu^-1 B_u S^-1 B_u^T H_uu^-1."""
         if name != self.pattern.head:
-            return _unpack(self.pattern, torch.cholesky_inverse(self.factor).diagonal(dim1=-2, dim2=-1))[name]
-        return self.head[..., 0] ** -2.0 if self.head.shape[-1] == 1 else torch.cholesky_inverse(self.head).diagonal(dim1=-2, dim2=-1)
+            return _unpack(self.pattern, self.inverse.diagonal(dim1=-2, dim2=-1))[name]
+        k, n, c, e, _ = self.head.shape
+        lower, inverse = _flat(self.head), self.inverse.flatten(0, 1)
+        own = lower[..., 0] ** -2.0 if e == 1 else torch.cholesky_inverse(lower).diagonal(dim1=-2, dim2=-1).clone()
+        for front, at, part, w in _rows(self.pattern, lower, [_flat(v) for v in self.values]):
+            m = _back(part, w)
+            own[at, front.units] += (_times(self.pattern, front, m, inverse[at]) * m).sum(-1)
+        return own.reshape(k, c, n, e).transpose(1, 2)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """`[K, n, C, ...]` -> `[K C, n, ...]`."""
+    return t.transpose(1, 2).flatten(0, 1)
+
+
+def _back(lower: Tensor, w: Tensor) -> Tensor:
+    """L^-T w."""
+    return w / lower if lower.shape[-1] == 1 else torch.linalg.solve_triangular(lower.mT, w, upper=True)
+
+
+def _times(pattern: Pattern, front: Front, w: Tensor, square: Tensor) -> Tensor:
+    """Rows `[q, U, e, w]` of a front times the entries of `[q, T, T]` that it touches."""
+    if front.columns is None:
+        return (w.flatten(1, 2) @ square).reshape(w.shape)
+    where = _squares(pattern, front)
+    return w @ square.flatten(1).index_select(1, where.flatten()).reshape(len(w), *where.shape)
+
+
+def _squares(pattern: Pattern, front: Front) -> Tensor:
+    """Flat positions in `[T, T]` of each unit's columns times themselves, `[U, w, w]`."""
+    columns = torch.zeros(0, dtype=torch.long) if front.columns is None else front.columns
+    return columns[..., :, None] * pattern.total + columns[..., None, :]
 
 
 def _pack(pattern: Pattern, values: Mapping[str, Tensor]) -> Tensor:
@@ -338,11 +206,8 @@ def factorise_arrow(pattern: Pattern, precision: Mapping[Pair, Tensor], coupling
     for link, value in zip(pattern.links, values, strict=True):
         g[link.block] = g[link.block].index_add(1, link.unit, -(value.mT @ inner.index_select(1, link.head)[..., None])[..., 0])
 
-    def flat(t: Tensor) -> Tensor:  # [K, n, C, ...] -> [K C, n, ...]
-        return t.transpose(1, 2).flatten(0, 1)
-
-    whole = _rest(pattern, {b: flat(precision[b, b]) for b in pattern.starts}, couplings, flat)
-    left = whole - _Taken.apply(pattern, flat(head), *(flat(v) for v in values))  # type: ignore[no-untyped-call]
+    whole = _rest(pattern, {b: _flat(precision[b, b]) for b in pattern.starts}, couplings)
+    left = whole - _Taken.apply(pattern, _flat(head), *(_flat(v) for v in values))  # type: ignore[no-untyped-call]
     diagonal, before = (t.detach().diagonal(dim1=-2, dim2=-1) for t in (left, whole))
     lost = (diagonal <= DIGITS * torch.finfo(left.dtype).eps * before).reshape(k, -1).any(1)
     factor = factorise(left.unflatten(0, (k, c)))
@@ -352,7 +217,7 @@ def factorise_arrow(pattern: Pattern, precision: Mapping[Pair, Tensor], coupling
     return Arrow(pattern, head, values, factor, step, lost)
 
 
-def _rest(pattern: Pattern, own: Mapping[str, Tensor], couplings: Sequence[Coupling], flat: Callable[[Tensor], Tensor]) -> Tensor:
+def _rest(pattern: Pattern, own: Mapping[str, Tensor], couplings: Sequence[Coupling]) -> Tensor:
     """H_rr, `[Q, T, T]`."""
     t = pattern.total
     out = next(iter(own.values())).new_zeros(len(next(iter(own.values()))), t * t)
@@ -362,7 +227,7 @@ def _rest(pattern: Pattern, own: Mapping[str, Tensor], couplings: Sequence[Coupl
     for found in couplings:
         if pattern.head not in found.pair:
             row, column = (torch.arange(found.value.shape[1]) if at is None else at for at in found.at)
-            value = flat(found.value)
+            value = _flat(found.value)
             out = out.index_add(1, _positions(pattern, found.pair, row, column), value.flatten(1))
             out = out.index_add(1, _positions(pattern, found.pair[::-1], column, row), value.mT.flatten(1))
     return out.unflatten(1, (t, t))

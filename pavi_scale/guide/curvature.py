@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pavi_scale.guide.arrow import Arrow, Coupling, Pattern, factorise_arrow, make_pattern
+from pavi_scale.guide.arrow import Arrow, factorise_arrow
 from pavi_scale.guide.blocks import Component
+from pavi_scale.guide.fronts import Coupling, Pattern, make_pattern
 from pavi_scale.guide.gaussian import Pair, Tree, eliminate
 from pavi_scale.guide.terms import Laws, scatter
 from pavi_scale.reduced import Reduced, Value
