@@ -19,7 +19,7 @@ from pavi_scale.batching import Shard, closure, flat_positions, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
 from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import NumericalError
-from pavi_scale.guide.blocks import Block, Component, inputs_of
+from pavi_scale.guide.blocks import Block, Component, dense_units, inputs_of
 from pavi_scale.guide.correction import Corrections, observations
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
@@ -133,7 +133,7 @@ class StudyComputation:
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
         units = max((reduced.count(v.plates) for v in self.graph.model.of_kind("observed", "latent") if v.name not in self._spent), default=1)
-        return max(1, self.settings.chunk // max(units, 1))
+        return max(1, self.settings.chunk // max(units, dense_units(self.guide.components, self.layout.cardinality), 1))
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pavi_scale.elbo import Weights, correctors
+from pavi_scale.guide.arrow import Arrow
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.gaussian import Dense
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Candidates, Core, candidates, fit_core
 from pavi_scale.guide.mode import Noise
@@ -19,11 +19,10 @@ from pavi_scale.reduced import Reduced, Value
 
 
 def conditional_moments(core: Core, z: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a block's coordinates given the root and its sampled coarser blocks, `[K, n, C, e]`."""
+    """Mean and variance of a block's coordinates given the root, `[K, n, C, e]`; on a tree given its sampled coarser blocks, too."""
     gaussian = core.expansion.gaussian
-    if isinstance(gaussian, Dense):
-        inverse = torch.cholesky_inverse(gaussian.factor).diagonal(dim1=-2, dim2=-1)
-        return core.mode[name], gaussian.unpack(inverse)[name]
+    if isinstance(gaussian, Arrow):
+        return core.mode[name], gaussian.variance(name)
     factor = gaussian.factor[name]
     if factor.shape[-1] == 1:
         variance = factor[..., 0] ** -2.0

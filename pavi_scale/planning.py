@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pavi_scale.errors import PlanRefused
+from pavi_scale.guide.blocks import Component, dense_rest, dense_units
 from pavi_scale.guide.guide import Guide
 from pavi_scale.memory import format_bytes
+from pavi_scale.model.density import Graph
 from pavi_scale.plates import Layout
 
 PROCESS_BYTES = 520 << 20  # a Python process with torch, zarr and xarray loaded: measured resident set, rounded up
@@ -76,6 +78,18 @@ class Plan:
         return "\n".join(f"{what:28s} {figure}" for what, figure in self.table())
 
 
+def unit_bytes(graph: Graph, components: Sequence[Component], itemsize: int) -> int:
+    """Working memory of one ground unit and particle."""
+    width = max((math.prod(graph.shape(v)) for v in graph.model.of_kind("latent", "observed")), default=1)
+    columns = max((sum(b.dim if not c.elementwise else len(b.sizes) for b in c.blocks) for c in components), default=1)
+    return itemsize * TEMPORARIES * (width + min(columns, 64) * 4)
+
+
+def room_for(budget: int, layout: Layout) -> int:
+    """Bytes left for computing."""
+    return budget - PROCESS_BYTES - sum(2 * x.nbytes for x in layout.index.values())
+
+
 def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, processes: int, lanes: int, itemsize: int, chunk: int, needs_whole: bool) -> Plan:
     """Plan a fit within `budget` bytes per process.
 
@@ -95,12 +109,11 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
     """
     model = guide.graph.model
     latents = {v.name: math.prod(layout.cardinality[p] for p in v.plates) * math.prod(guide.graph.shape(v)) for v in model.latents}
-    width = max((math.prod(guide.graph.shape(v)) for v in model.of_kind("latent", "observed")), default=1)
-    columns = max((sum(b.dim if not c.elementwise else len(b.sizes) for b in c.blocks) for c in guide.components), default=1)
-    per_unit = itemsize * TEMPORARIES * (width + min(columns, 64) * 4)
+    per_unit = unit_bytes(guide.graph, guide.components, itemsize)
     tables = SITE_ARRAYS * 8 * sum(b.dim * math.prod(layout.cardinality[p] for p in b.plates) for b in guide.blocks if b.free)
     index = sum(2 * x.nbytes for x in layout.index.values())
     whole = max((math.prod(layout.cardinality[p] for p in v.plates) for v in model.of_kind("observed", "latent")), default=1)
+    whole = max(whole, dense_units(guide.components, layout.cardinality))
     room = budget - PROCESS_BYTES - tables - index
     smallest = (whole if needs_whole else 1024) * per_unit
     if room < smallest:
@@ -114,7 +127,9 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
     disk = sum(2 * n * (4 if n > 1_000_000 else 8) for n in latents.values())
     method = {}
     for component in guide.components:
-        kind = "Gaussian elimination" if component.tree else "one dense Gaussian"
+        kind = "Gaussian elimination"
+        if not component.tree:
+            kind += " of the largest block, {1:,} columns dense".format(*dense_rest(component, layout.cardinality))
         exact = "exact" if component.quadratic else "mode and curvature"
         free = [b.name for b in component.blocks if b.free]
         method[component.name] = f"{kind}, {exact}" + (f", free rows for {', '.join(free)}" if free else "")

@@ -14,12 +14,12 @@ from pavi_scale.batching import closure, split_plate, splittable
 from pavi_scale.cohort import Cohort
 from pavi_scale.computation import StudySpec
 from pavi_scale.errors import CohortError, InputError, PlanRefused
-from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, make_blocks, make_components
+from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
 from pavi_scale.guide.guide import Guide, probe
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
-from pavi_scale.planning import Plan, make_plan
+from pavi_scale.planning import Plan, make_plan, room_for, unit_bytes
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.settings import Settings, make_graph, precision
 
@@ -101,7 +101,9 @@ def prepare(
     check_supports(graph, cohort)
     cardinality = cohort.layout.cardinality
     schemes = schemes_of(encoding, make_blocks(graph), graph.model.plates)
-    free = choose_free(graph, cardinality)
+    # What crosses is computed whole, or not exactly.
+    most = room_for(budget, cohort.layout) / unit_bytes(graph, make_components(graph, make_blocks(graph)), 8)
+    free = choose_free(graph, cardinality, most=most)
     for block in make_blocks(graph, free):
         if block.free and schemes[block.name] in ("encoder", "hybrid"):
             raise InputError(
@@ -112,8 +114,8 @@ def prepare(
             )
     structure = look(graph, cohort, free, seed)
     costly = [c for c in make_components(graph, make_blocks(graph, free)) if not c.tree and not structure[c.name]["quadratic"]]
-    if any(coordinates(c, cardinality) > DENSE_NEWTON_LIMIT for c in costly):
-        free = choose_free(graph, cardinality, DENSE_NEWTON_LIMIT)
+    if any(dense_rest(c, cardinality)[1] > DENSE_NEWTON_LIMIT for c in costly):
+        free = choose_free(graph, cardinality, DENSE_NEWTON_LIMIT, most)
         structure = look(graph, cohort, free, seed)
     for component in make_components(graph, make_blocks(graph, free)):
         # Candidates cost as many evaluations of the laws; past a few million coordinates only the Gaussian core is used.
@@ -130,12 +132,12 @@ def prepare(
         guide, cohort.layout, values * itemsize, budget, processes=processes, lanes=lanes, itemsize=itemsize, chunk=1 << 18, needs_whole=whole or split is None
     )
     for c in guide.components:
-        if not c.tree and coordinates(c, cardinality) > 4 * DENSE_LIMIT:
+        if not c.tree and dense_rest(c, cardinality)[1] > 4 * DENSE_LIMIT:
             raise PlanRefused(
                 "a crossed component is too large to be solved at once",
                 where=c.name,
-                expected=f"at most {4 * DENSE_LIMIT:,} coordinates",
-                got=f"{coordinates(c, cardinality):,}",
+                expected=f"at most {4 * DENSE_LIMIT:,} columns besides its largest block",
+                got=f"{dense_rest(c, cardinality)[1]:,}",
                 remedy="give its coarsest plates encoding='free'",
             )
     trained = tuple(b.name for b in guide.blocks if schemes[b.name] in LEARNED and not b.free)

@@ -21,7 +21,7 @@ from scipy.stats import norm, qmc
 from pavi_scale.batching import batches, shards, splittable
 from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
 from pavi_scale.diagnosing import EFFECTIVE
-from pavi_scale.guide.blocks import coordinates
+from pavi_scale.guide.blocks import coordinates, dense_rest
 from pavi_scale.guide.root import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
@@ -228,7 +228,8 @@ class Trainer:
                 draws = min(component.candidates, study.draws_per_unit(self.state)) if weighted else 0
                 total += values * ((2 + columns) * (1 if component.quadratic else TYPICAL_ITERATIONS) + draws) * SECONDS_PER_VALUE
             if not component.tree:
-                total += coordinates(component, study.layout.cardinality) ** 3 * SECONDS_PER_FLOP * (1 if component.quadratic else TYPICAL_ITERATIONS)
+                copies, columns = dense_rest(component, study.layout.cardinality)
+                total += copies * columns**3 * SECONDS_PER_FLOP * (1 if component.quadratic else TYPICAL_ITERATIONS)
         for v in study.guide.plain:
             total += math.prod(study.layout.cardinality[p] for p in v.plates) * math.prod(study.graph.shape(v)) * SECONDS_PER_VALUE
         return max(total, 1e-5)

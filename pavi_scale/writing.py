@@ -14,6 +14,7 @@ from pavi_scale.cohort import Origin, open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import diagnose
 from pavi_scale.errors import RunError
+from pavi_scale.guide.blocks import dense_units
 from pavi_scale.marginal import Pool
 from pavi_scale.model.template import Model
 from pavi_scale.moments import MOST_CANDIDATES
@@ -77,7 +78,8 @@ def moment_points(study: Study, draws: int) -> dict[str, int]:
     out: dict[str, int] = {}
     for c in study.guide.components:
         sizes = [(f, math.prod(layout.cardinality[p] for p in model.variables[f.variable].plates)) for f in c.factors]
-        out[c.name] = int(np.clip(budget // max((n * (draws if f.touches[-1][0] in c.resampled else 1) for f, n in sizes), default=1), least, most))
+        work = max((n * (draws if f.touches[-1][0] in c.resampled else 1) for f, n in sizes), default=1)
+        out[c.name] = int(np.clip(budget // max(work, dense_units([c], layout.cardinality)), least, most))
     for i, c in enumerate(study.guide.components):  # a component that a later one needs looks at as many points at least
         out[c.name] = max(out[c.name], *(out[later.name] for later in study.guide.components[i:]))
     return out

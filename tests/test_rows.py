@@ -22,7 +22,7 @@ from pipelines.hcp import model as cortical
 def free(monkeypatch, *plates):
     """Let these blocks have free rows, whatever the size of the study."""
     chosen = frozenset(frozenset({p}) for p in plates)
-    monkeypatch.setattr(study, "choose_free", lambda *_: chosen)
+    monkeypatch.setattr(study, "choose_free", lambda *_, **__: chosen)
 
 
 def groups(count=60, seed=0):

@@ -15,7 +15,8 @@ from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Plate, ancestors
 
-DENSE_LIMIT = 1500  # unconstrained coordinates of a component that is solved as one dense Gaussian: a factorisation is then ~1 GFLOP
+DENSE_LIMIT = 1500  # unconstrained coordinates of a crossed component, but for its largest block, that are solved densely: ~1 GFLOP a factorisation
+DENSE_UNITS = 16  # numbers of a dense factor whose working memory is that of one ground unit of a law
 DENSE_NEWTON_LIMIT = 500  # the same where the laws are not Gaussian and it takes many factorisations to find the mode
 
 
@@ -62,7 +63,7 @@ class Component:
         blocks: The blocks.
         factors: Laws that the component answers for.
         couplings: Block name -> coarser blocks it is coupled to when it is eliminated (fill-in counted).
-        tree: Whether elimination from fine to coarse stays local; else the component is one dense Gaussian.
+        tree: Whether elimination from fine to coarse stays local; else only the largest block is eliminated, and the rest is solved densely.
         elementwise: Whether coordinates of different event index are independent: C = event size, e = latents per block.
         candidates: Draws per unit of its finest blocks among which one is picked by importance weight; 0 for none.
         rough: Laws with kinks, whose second derivative is zero where it exists.
@@ -216,6 +217,23 @@ def coordinates(component: Component, cardinality: Mapping[str, int]) -> int:
     return sum(b.dim * math.prod(cardinality[p] for p in b.plates) for b in component.blocks)
 
 
+def dense_rest(component: Component, cardinality: Mapping[str, int]) -> tuple[int, int]:
+    """(C, T): independent copies, and the columns of each that are left of a crossed component when its largest block is eliminated."""
+    sizes = [component.shape(b)[1] * math.prod(cardinality[p] for p in b.plates) for b in component.blocks]
+    return component.shape(component.blocks[0])[0], 0 if component.tree else sum(sizes) - max(sizes)
+
+
+def dense_units(components: Iterable[Component], cardinality: Mapping[str, int]) -> int:
+    """Ground units of a law that weigh as much in memory as the largest dense factor."""
+    rests = [dense_rest(c, cardinality) for c in components]
+    return max((c * t * t for c, t in rests), default=0) // DENSE_UNITS
+
+
+def law_units(graph: Graph, component: Component, cardinality: Mapping[str, int]) -> int:
+    """Ground units of the largest law of a component."""
+    return max(math.prod(cardinality[p] for p in graph.model.variables[f.variable].plates) for f in component.factors)
+
+
 def inputs_of(model: Model, component: Component) -> list[str]:
     """Covariates that the laws of a component's own latents read."""
     own = {n for b in component.blocks for n in b.latents}
@@ -229,17 +247,23 @@ def fan_in(graph: Graph, cardinality: Mapping[str, int], block: Block) -> float:
     return max((math.prod(cardinality[p] for p in v.plates) / units for v in children), default=0.0)
 
 
-def choose_free(graph: Graph, cardinality: Mapping[str, int], limit: int = DENSE_LIMIT) -> frozenset[frozenset[str]]:
-    """The fewest coarse blocks to free so that every component is a tree or small enough to be dense.
+def choose_free(graph: Graph, cardinality: Mapping[str, int], limit: int = DENSE_LIMIT, most: float = math.inf) -> frozenset[frozenset[str]]:
+    """The fewest coarse blocks to free so that every component is a tree, or crossed and small enough to be solved at once.
 
     The block whose units have most children goes first: its site is the most concentrated, so freeing it costs least.
+
+    Args:
+        graph: The model.
+        cardinality: Units of each plate.
+        limit: Columns that the dense part of a crossed component may have.
+        most: Ground units of a law that are computed at once.
     """
     free: frozenset[frozenset[str]] = frozenset()
     while True:
         blocks = make_blocks(graph, free)
-        hard = [c for c in make_components(graph, blocks) if not c.tree and coordinates(c, cardinality) > limit]
+        crossed = [c for c in make_components(graph, blocks) if not c.tree]
+        hard = [c for c in crossed if dense_rest(c, cardinality)[1] > limit or law_units(graph, c, cardinality) > most]
         if not hard:
             return free
-
         candidates = [b for b in hard[0].blocks if not b.free]
         free = free | {frozenset(max(candidates, key=lambda b: fan_in(graph, cardinality, b)).plates)}

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pavi_scale.guide.arrow import Arrow, factorise_arrow
 from pavi_scale.guide.blocks import Component
-from pavi_scale.guide.gaussian import Dense, Pair, Tree, eliminate, factorise_dense
+from pavi_scale.guide.fronts import Coupling, Pattern, make_pattern
+from pavi_scale.guide.gaussian import Pair, Tree, eliminate
 from pavi_scale.guide.terms import Laws, scatter
 from pavi_scale.reduced import Reduced, Value
 
@@ -32,7 +34,7 @@ class Expansion:
 
     value: Tensor
     gradient: Coordinates
-    gaussian: Tree | Dense
+    gaussian: Tree | Arrow
 
 
 class LocalModel(Laws):
@@ -133,7 +135,7 @@ class LocalModel(Laws):
         k = self.particles
         gradient = {n: torch.zeros_like(zb) for n, zb in z.items()}
         precision: dict[Pair, Tensor] = {}
-        terms: list[tuple[Pair, Tensor | None, Tensor | None, Tensor]] = []
+        couplings: list[Coupling] = []
         value: Tensor | None = None
         for factor in self.component.factors:
             plates = self.reduced.graph.model.variables[factor.variable].plates
@@ -151,8 +153,8 @@ class LocalModel(Laws):
             for b, grad in grads.items():
                 gradient[b] = scatter(gradient[b], at[b], grad)
             for (a, b), h in hess.items():
-                if not self.component.tree:
-                    terms.append(((a, b), at[a], at[b], h))
+                if a != b and not self.component.tree:
+                    couplings.append(Coupling((a, b), (at[a], at[b]), h))
                     continue
                 if (a, b) not in precision:
                     precision[a, b] = h.new_zeros(k, z[a].shape[1], h.shape[2], z[a].shape[3], z[b].shape[3])
@@ -163,13 +165,16 @@ class LocalModel(Laws):
             site, grad, prec = self._site(b, z[b])
             value = self.to_top(site, self.blocks[b].plates) + (0.0 if value is None else value)
             gradient[b] = gradient[b] + grad
-            diagonal = torch.diag_embed(prec)
-            if self.component.tree:
-                precision[b, b] = precision[b, b] + diagonal
-            else:
-                terms.append(((b, b), None, None, diagonal))
+            precision[b, b] = precision[b, b] + torch.diag_embed(prec)
         if self.component.tree:
-            gaussian: Tree | Dense = eliminate(self.component, self.index, precision, gradient)
+            gaussian: Tree | Arrow = eliminate(self.component, self.index, precision, gradient)
         else:
-            gaussian = factorise_dense(self.component, terms, gradient)
+            gaussian = factorise_arrow(self._pattern(z, couplings), precision, couplings, gradient)
         return Expansion(value if value is not None else torch.zeros(k, 1), gradient, gaussian)
+
+    def _pattern(self, z: Mapping[str, Tensor], couplings: list[Coupling]) -> Pattern:
+        """What a crossed component eliminates: a matter of the selection alone, and kept with it."""
+        key = ("pattern", self.component.name, self.component.elementwise)
+        if key not in self.reduced.absorbed:
+            self.reduced.absorbed[key] = make_pattern({b: (t.shape[1], t.shape[3]) for b, t in z.items()}, couplings)
+        return self.reduced.absorbed[key]  # type: ignore[no-any-return]

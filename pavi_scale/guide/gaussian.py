@@ -1,4 +1,4 @@
-"""Gaussians over the units of a component: elimination on a tree of plates, or one dense factorisation.
+"""Gaussians over the units of a component: elimination on a tree of plates.
 
 Precision H and gradient g of a log joint are kept per unit, `[K, n, C, e, e']` and `[K, n, C, e]`. On a tree, block j is
 eliminated into the coarser blocks i it is coupled to by Schur complements,
@@ -11,8 +11,8 @@ and sampled from coarse to fine, z_j = m_j - H_jj^-1 sum_i H_ji (z_i - m_i) + L_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component
 
 Pair = tuple[str, str]
-_DIGITS = 1e3  # roundings that a precision must be larger than
+DIGITS = 1e3  # roundings that a precision must be larger than
 
 
 def factorise(precision: Tensor) -> Tensor:
@@ -103,6 +103,10 @@ class Tree:
     step: dict[str, Tensor]
     lost: Tensor
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Tree:
+        """The same for other particles: `change` along the first axis."""
+        return replace(self, factor={b: change(t) for b, t in self.factor.items()}, gain={p: change(t) for p, t in self.gain.items()})
+
     def conditional(self, name: str, mode: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """Location of a block given the sampled coarser ones, `[K, n, C, e]`."""
         loc = mode[name]
@@ -130,7 +134,7 @@ def eliminate(component: Component, index: Mapping[Pair, Tensor | None], precisi
         j = block.name
         # H_jj less what its finer blocks took: of a positive definite matrix, more than rounding is left (Higham 2002, section 10.1).
         left, whole = (t[j, j].detach().diagonal(dim1=-2, dim2=-1) for t in (h, precision))
-        lost = lost | (left <= _DIGITS * torch.finfo(left.dtype).eps * whole).flatten(1).any(1)
+        lost = lost | (left <= DIGITS * torch.finfo(left.dtype).eps * whole).flatten(1).any(1)
         factor[j] = factorise(h[j, j])
         inner[j] = solve(factor[j], g[j][..., None])[..., 0]
         above = component.couplings[j]
@@ -152,59 +156,3 @@ def eliminate(component: Component, index: Mapping[Pair, Tensor | None], precisi
         for i in component.couplings[j]:
             step[j] = step[j] - (gain[j, i] @ _take(step[i], index[j, i])[..., None])[..., 0]
     return Tree(component, index, factor, gain, step, lost)
-
-
-@dataclass
-class Dense:
-    """A component as one Gaussian: `factor` `[K, C, T, T]`, T = sum of n e over the blocks; `step` per block."""
-
-    factor: Tensor
-    step: dict[str, Tensor]
-
-    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Blocks `[K, n, C, e]` -> `[K, C, T]`, in the order of `step`."""
-        return torch.cat([values[b].transpose(1, 2).flatten(2) for b in self.step], -1)
-
-    def unpack(self, flat: Tensor) -> dict[str, Tensor]:
-        """The inverse of `pack`."""
-        out, start = {}, 0
-        for b, like in self.step.items():
-            _, n, c, e = like.shape
-            out[b] = flat[..., start : start + n * e].reshape(-1, c, n, e).transpose(1, 2)
-            start += n * e
-        return out
-
-
-def factorise_dense(component: Component, terms: list[tuple[Pair, Tensor | None, Tensor | None, Tensor]], gradient: Mapping[str, Tensor]) -> Dense:
-    """Assemble and factorise a crossed component.
-
-    Args:
-        component: The component.
-        terms: ((a, b), index of a's unit, index of b's unit, minus second derivatives `[K, n_f, C, e_a, e_b]`), one for each coupling of each law.
-        gradient: Block -> first derivatives.
-    """
-    sizes = {b.name: (gradient[b.name].shape[1], gradient[b.name].shape[3]) for b in component.blocks}
-    starts, total = {}, 0
-    for name, (n, e) in sizes.items():
-        starts[name] = total
-        total += n * e
-    any_gradient = gradient[component.blocks[0].name]
-    k, _, c, _ = any_gradient.shape
-    flat = any_gradient.new_zeros(k * c, total * total)
-    for (a, b), at_a, at_b, value in terms:
-        _, n, cc, ea, eb = value.shape
-        unit_a = torch.arange(n, device=value.device) if at_a is None else at_a
-        unit_b = torch.arange(n, device=value.device) if at_b is None else at_b
-        row = starts[a] + unit_a[:, None] * sizes[a][1] + torch.arange(ea, device=value.device)
-        column = starts[b] + unit_b[:, None] * sizes[b][1] + torch.arange(eb, device=value.device)
-        where = row[:, :, None] * total + column[:, None, :]
-        source = value.expand(k, *value.shape[1:]).transpose(1, 2).reshape(k * cc, -1)
-        flat = flat.index_add(1, where.flatten(), source)
-        if a != b:
-            mirror = column[:, None, :] * total + row[:, :, None]
-            flat = flat.index_add(1, mirror.flatten(), source)
-    factor = factorise(flat.reshape(k, c, total, total))
-    dense = Dense(factor, dict(gradient))
-    step = solve(factor, dense.pack(gradient)[..., None])[..., 0]
-    dense.step = dense.unpack(step)
-    return dense

@@ -165,6 +165,6 @@ def _curvature_fixed(local: LocalModel) -> bool:
     if isinstance(one, Tree) and isinstance(two, Tree):
         pairs = [(one.factor[b], two.factor[b]) for b in one.factor] + [(one.gain[p], two.gain[p]) for p in one.gain]
     else:
-        pairs = [(one.factor, two.factor)]  # type: ignore[list-item]
+        pairs = [(one.factor, two.factor), (one.head, two.head), *zip(one.values, two.values, strict=True)]  # type: ignore[union-attr, list-item]
     pairs += [(points[0][b] + one.step[b], points[1][b] + two.step[b]) for b in points[0]]
     return all(float((a - b).abs().max()) <= 1e-7 * float(a.abs().max().clamp_min(1e-12)) for a, b in pairs)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pavi_scale.guide.arrow import Arrow
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
-from pavi_scale.guide.gaussian import Dense, Tree, back, forward, log_det
+from pavi_scale.guide.gaussian import Tree, back, forward, log_det
 from pavi_scale.guide.mode import Noise, find_mode
 from pavi_scale.reduced import Value
 
@@ -39,36 +40,27 @@ class Core:
                 term = 0.5 * block.dim * math.log(2 * math.pi) - log_det(gaussian.factor[block.name])
                 units = units + local.to_top(term, block.plates)
             total = (units * weights).sum(1)
-            # Without digits the value is anything, and one huge value would take all the weight of the refit. Curvatures of other laws may be
-            # indefinite for good reasons.
-            return torch.where(gaussian.lost, -math.inf, total) if local.component.quadratic else total
-        count = sum(z[0].numel() for z in self.mode.values())
-        return (units * weights).sum(1) + 0.5 * count * math.log(2 * math.pi) - log_det(gaussian.factor)
+        else:
+            count = sum(z[0].numel() for z in self.mode.values())
+            total = (units * weights).sum(1) + 0.5 * count * math.log(2 * math.pi) - gaussian.log_det()
+        # Without digits the value is anything, and one huge value would take all the weight of the refit. Curvatures of other laws may be
+        # indefinite for good reasons.
+        return torch.where(gaussian.lost, -math.inf, total) if local.component.quadratic else total
 
     def repeat(self, times: int) -> Core:
         """The same core for `times` particles in place of each, neighbours together."""
         def many(t: Tensor) -> Tensor:
             return t.repeat_interleave(times, 0)
 
-        gaussian = self.expansion.gaussian
-        if isinstance(gaussian, Tree):
-            wide: Tree | Dense = replace(gaussian, factor={b: many(t) for b, t in gaussian.factor.items()}, gain={p: many(t) for p, t in gaussian.gain.items()})
-        else:
-            wide = replace(gaussian, factor=many(gaussian.factor))
         given = {n: Value(many(v.theta), v.plates) for n, v in self.local.given.items()}
         local = LocalModel(self.local.component, self.local.reduced, given, self.local.sites, times * self.local.particles)
-        return Core(local, {b: many(t) for b, t in self.mode.items()}, replace(self.expansion, gaussian=wide))
-
+        return Core(local, {b: many(t) for b, t in self.mode.items()}, replace(self.expansion, gaussian=self.expansion.gaussian.mapped(many)))
 
     def parts(self, size: int) -> Iterator[Core]:
         """The core of some neighbouring particles after the other, `size` at a time."""
-        gaussian = self.expansion.gaussian
         for start in range(0, self.local.particles, size):
             at = torch.arange(start, min(start + size, self.local.particles))
-            if isinstance(gaussian, Tree):
-                few: Tree | Dense = replace(gaussian, factor={b: t[at] for b, t in gaussian.factor.items()}, gain={p: t[at] for p, t in gaussian.gain.items()})
-            else:
-                few = replace(gaussian, factor=gaussian.factor[at])
+            few = self.expansion.gaussian.mapped(lambda t, at=at: t[at])  # type: ignore[misc]
             yield Core(self.local.select(at), {b: t[at] for b, t in self.mode.items()}, replace(self.expansion, gaussian=few))
 
 
@@ -116,14 +108,10 @@ def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None 
     z: Coordinates = {}
     log_q: dict[str, Tensor] = {}
     shapes = {b.name: tuple(core.mode[b.name].shape) for b in local.component.blocks}
-    if isinstance(gaussian, Dense):
+    if isinstance(gaussian, Arrow):
         white = {b.name: noise(b, shapes[b.name]) for b in local.component.blocks}
-        offset = gaussian.unpack(back(gaussian.factor, gaussian.pack(white)))
-        z = {b: core.mode[b] + offset[b] for b in white}
-        log_q = {b: _standard(white[b]) for b in white}
-        first = local.component.blocks[0].name
-        share = log_det(gaussian.factor) / log_q[first].shape[1]
-        log_q[first] = log_q[first] + share[:, None]
+        z = gaussian.colour(white, core.mode)
+        log_q = {b: _standard(white[b]) + share for b, share in gaussian.log_dets().items()}
     else:
         for block in local.component.blocks:
             b = block.name
@@ -260,13 +248,9 @@ def resample(core: Core, found: Candidates, uniforms: Mapping[str, Tensor]) -> d
 def log_density(core: Core, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """log q of given coordinates under the Gaussian core, per unit of each block, `[K, n]`."""
     gaussian = core.expansion.gaussian
-    if isinstance(gaussian, Dense):
-        offset = {b: z[b] - core.mode[b] for b in z}
-        u = gaussian.unpack(forward(gaussian.factor, gaussian.pack(offset)))
-        out = {b: _standard(u[b]) for b in u}
-        first = next(iter(out))
-        out[first] = out[first] + (log_det(gaussian.factor) / out[first].shape[1])[:, None]
-        return out
+    if isinstance(gaussian, Arrow):
+        white = gaussian.whiten(z, core.mode)
+        return {b: _standard(white[b]) + share for b, share in gaussian.log_dets().items()}
     return {
         b.name: _standard(forward(gaussian.factor[b.name], z[b.name] - gaussian.conditional(b.name, core.mode, z))) + log_det(gaussian.factor[b.name])
         for b in core.local.component.blocks

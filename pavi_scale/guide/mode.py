@@ -62,7 +62,7 @@ def explore(local: LocalModel, noise: Noise, attempts: int) -> tuple[Coordinates
         for block in local.component.blocks:
             factor = factorise(_prior_precision(local, centre, block))
             away = back(factor, noise(block, (attempts, *centre[block.name].shape[1:])))
-            z[block.name] = centre[block.name] + torch.cat([torch.zeros_like(away[:1]), away])
+            z[block.name] = torch.cat([centre[block.name], centre[block.name] + away])
         found = _newton(local, z)
         expansion = local.expand(found, differentiable=False)
         mass = expansion.value

@@ -255,7 +255,7 @@ def _coupled(size, pair):
 
 
 def crossed():
-    """Ratings cross students with lecturers: one dense Gaussian."""
+    """Ratings cross students with lecturers: one block is eliminated, the other is dense."""
     student, lecturer, slope = [0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 2, 3], np.array([1.0, 0.5, -1.0, 2.0, 1.0, 0.3])
     model = ps.Model(
         ps.Plate("student"),
