@@ -32,7 +32,7 @@ from pavi_scale.holding import Holding, Key
 from pavi_scale.memory import keep_freed_memory, release_freed_memory
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
-from pavi_scale.moments import Moments
+from pavi_scale.moments import Moments, points_of
 from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
@@ -368,7 +368,7 @@ class StudyComputation:
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
-        limits = self._limits(reduced, shard, task.get("limits", {}), len(points))
+        limits = points_of(self.guide, reduced, shard, task.get("limits", {}), len(points))
         with torch.no_grad():
             start = 0
             while start < max(limits.values(), default=0):
@@ -391,12 +391,6 @@ class StudyComputation:
             out[f"mean/{name}"], out[f"sd/{name}"] = mean, sd
             out.update({f"units/{p}": reduced.selection.units[p] for p in plates})
         return out
-
-    def _limits(self, reduced: Reduced, shard: Shard, asked: Mapping[str, int], most: int) -> dict[str, int]:
-        """Root points that each component looks at in a shard; one that the shard does not answer for serves those that need its draws."""
-        here = {c.name: self.guide.counted(reduced, c.blocks[-1].plates, shard.plate, shard.first) for c in self.guide.components}
-        needed = max((min(most, asked.get(n, most)) for n, own in here.items() if own), default=0)
-        return {n: min(most, asked.get(n, most)) if own else needed for n, own in here.items()}
 
     def block(self, name: str) -> Block:
         """A block by name."""

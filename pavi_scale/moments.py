@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.batching import Shard
 from pavi_scale.elbo import Weights, correctors
 from pavi_scale.guide.arrow import Arrow
 from pavi_scale.guide.blocks import Block
@@ -116,3 +117,18 @@ class Moments:
             shaped = [t.reshape(*sizes, *self.guide.graph.shape(v)).permute(order).numpy() for t in (shift + mean, variance.sqrt())]
             out[latent] = (shaped[0], shaped[1])
         return out
+
+
+def points_of(guide: Guide, reduced: Reduced, shard: Shard, asked: Mapping[str, int], most: int) -> dict[str, int]:
+    """Root points that each component looks at in a shard; one that the shard does not answer for serves those that need its draws.
+
+    Args:
+        guide: The guide.
+        reduced: The shard's reduced model.
+        shard: The shard.
+        asked: Component -> points, where not `most`.
+        most: Points at hand.
+    """
+    here = {c.name: guide.counted(reduced, c.blocks[-1].plates, shard.plate, shard.first) for c in guide.components}
+    needed = max((min(most, asked.get(n, most)) for n, own in here.items() if own), default=0)
+    return {n: min(most, asked.get(n, most)) if own else needed for n, own in here.items()}

@@ -48,7 +48,8 @@ ALIKE = 0.05  # spread of log p - log q below which a normal q(root) is kept: an
 ASCENTS = 8  # gradients of the whole that a mode may take
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
-MISSED = 0.25  # mean share of the local posteriors in modes that the guide does not follow, above which a fit counts as multimodal
+MISSED = 0.25  # share of a unit's posterior in modes that the guide does not follow, above which it counts as multimodal
+MANY = 0.1  # share of such units that makes the fit so
 REMEMBERED = 1_000_000  # local coordinates up to which modes are kept as starts
 
 
@@ -184,7 +185,7 @@ class Trainer:
         explore(found[0][0])
         self.explored.clear()
         mode, cov, converged = polish(partial(self.bound, sample=first), found[0][0], scale, 4)
-        self.modes = 1 + other_modes(found, cov, lambda other, sd: renumbered(self.study, other, found[0][0], sd)) + (self.missed > MISSED)
+        self.modes = 1 + other_modes(found, cov, lambda other, sd: renumbered(self.study, other, found[0][0], sd)) + (self.missed > MANY)
         for sample in samples[1:]:
             self.mark(mode, cov)
             if time.monotonic() > self.deadline:
@@ -210,7 +211,7 @@ class Trainer:
                     if f"start/{block.name}" in answer:
                         table[answer[f"at/{block.name}"]] = answer[f"start/{block.name}"]
                 tables[f"start/{block.name}"] = table
-            missed = [np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]).mean() for c in remembered]
+            missed = [(np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]) > MISSED).mean() for c in remembered]
             self.explored[key] = tables, float(max(missed))
         tables, self.missed = self.explored[key]
         self.state.update(tables)
