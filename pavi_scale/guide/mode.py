@@ -107,9 +107,10 @@ def _newton(local: LocalModel, z: Coordinates) -> Coordinates:
     settled: Tensor | None = None
     for _ in range(MAX_ITERATIONS):
         expansion = local.expand(z, differentiable=False)
-        settled = _decrement(local, expansion) < TOLERANCE if settled is None else settled | (_decrement(local, expansion) < TOLERANCE)
-        # The step at hand is free, and squares what is left of a settled unit's error.
-        z, stuck = _along(local, z, expansion, settled)
+        before = torch.zeros_like(expansion.value, dtype=torch.bool) if settled is None else settled
+        settled = before | (_decrement(local, expansion) < TOLERANCE)
+        # The step at hand is free, and squares what is left of a settled unit's error; after it the unit rests, however long the others take.
+        z, stuck = _along(local, z, expansion, settled, before)
         settled = settled | stuck
         going = ~settled.all(1)
         if not bool(going.any()):
@@ -124,13 +125,13 @@ def _newton(local: LocalModel, z: Coordinates) -> Coordinates:
     return found
 
 
-def _along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tensor) -> tuple[Coordinates, Tensor]:
-    """The point a Newton step leads to, and the units that no length of it raises (they stay where they are).
+def _along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tensor, resting: Tensor) -> tuple[Coordinates, Tensor]:
+    """The point a Newton step leads to, and the units that no length of it raises (they stay where they are, as those at rest do).
 
     Units whose log joint falls, or is not finite, try a quarter of the step; settled ones take it whole, or not at all.
     """
     step = expansion.gaussian.step
-    scale = torch.ones_like(expansion.value)
+    scale = (~resting).to(expansion.value.dtype)
     least = expansion.value - 1e-9 * (1 + expansion.value.abs())
     for _ in range(MAX_SHORTENED):
         trial = _move(local, z, step, scale)
