@@ -187,6 +187,7 @@ def rivals(job: Job, grid: Grid | None = None) -> Found:
             left_out[contestant.who] = f"there is no {contestant.command[0]}; name its folder with --shared"
         else:
             found.append(run(contestant, job))
+            curves.save(found, job.results / "rivals.jsonl")  # hours of runs: what is finished is kept
     keys = dict.fromkeys((c.who, c.groups) for c in found)
     grouped = [[c for c in found if (c.who, c.groups) == key] for key in keys]
     curves.save(found, job.results / "rivals.jsonl")
