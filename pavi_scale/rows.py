@@ -43,6 +43,7 @@ LOOKED = 16  # share of the cohort that they look at, at most
 LOST = 1_000_000
 CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 4
+CENTRED_STARTS = 3  # where the data show centres, the best of them are few
 PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
 REFITTED = 40  # root coordinates up to which the root is refitted by importance
 REFIT_POINTS = 4096
@@ -103,7 +104,7 @@ class Rows:
         """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima)."""
         study, seed = self.trainer.study, self.trainer.seed
         starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
-        starts = starts if len(starts) else self.draws[:PRIOR_STARTS]
+        starts = starts[:CENTRED_STARTS] if len(starts) else self.draws[:PRIOR_STARTS]
         found: list[tuple[Sites, np.ndarray, float]] = []
         for attempt, point in enumerate(starts):
             if found and time.monotonic() > self.trainer.deadline:

@@ -31,7 +31,7 @@ def test_parcels_are_contiguous():
     points = sphere(5000)
     label = smooth_fields(points, 7, np.random.default_rng(0)).argmax(1)
     neighbours = cKDTree(points).query(points, 5)[1][:, 1:]
-    assert (label[neighbours] == label[:, None]).mean() > 0.9
+    assert (label[neighbours] == label[:, None]).mean() > 0.85
     assert len(np.unique(label)) == 7
 
 
