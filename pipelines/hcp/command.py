@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--memory", default="1400 MiB", help="of each process (%(default)s)")
-    parser.add_argument("--max-time", type=float, default=75.0, help="seconds after which training stops, converged or not (%(default)s)")
+    parser.add_argument("--max-time", type=float, default=45.0, help="seconds after which training stops, converged or not (%(default)s)")
     parser.add_argument("--cohort", help="Zarr store of the cohort (simulate: data/hcp.zarr; demo: runs/hcp-demo/cohort.zarr)")
     parser.add_argument("--run", default="runs/hcp-demo/run", help="run directory of the demo (%(default)s)")
     args = parser.parse_args()
