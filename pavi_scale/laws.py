@@ -72,6 +72,11 @@ class IsotropicNormalMixture(Distribution):
         joint, rest = self._joint(value)
         return torch.logsumexp(joint, -1) + rest
 
+    def evidence(self, value: Tensor) -> Tensor:
+        """Log-density of `value` `[..., D]` under each component, `[..., K]`: log N(x; m_k, s^2 I)."""
+        joint, rest = self._joint(value)
+        return joint - self.logits + (rest + torch.logsumexp(self.logits, -1)).unsqueeze(-1)
+
     def responsibilities(self, value: Tensor) -> Tensor:
         """Posterior probability of each component given `value` `[..., D]`, `[..., K]`."""
         return self._joint(value)[0].softmax(-1)

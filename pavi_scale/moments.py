@@ -14,6 +14,7 @@ from pavi_scale.guide.arrow import Arrow
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.labels import LabelledCore, labelled
 from pavi_scale.guide.local import Candidates, Core, candidates, fit_core
 from pavi_scale.guide.mode import Noise
 from pavi_scale.reduced import Reduced, Value
@@ -67,6 +68,13 @@ class Moments:
             for latent in (n for b in component.blocks for n in b.latents):
                 self.count[latent] = self.count.get(latent, 0) + particles
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
+            data = labelled(component, self.guide.graph) if self.reduced.dtype == torch.float32 else None
+            if data is not None:
+                found_labels = LabelledCore(local, data, self.reduced.evidence(data, values)).moments
+                for block in component.blocks:
+                    for latent in block.latents:
+                        self._accumulate(latent, particles, *(local.split(block, latent, t) for t in found_labels[block.name]))
+                continue
             core = fit_core(local, differentiable=False)
             closed = {b.name for b in component.blocks if b.name not in component.resampled and all(self.guide.graph.links[n].identity for n in b.latents)}
             times = min(component.candidates, self.most) if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats

@@ -22,6 +22,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Block, Component
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide, weights
+from pavi_scale.guide.labels import LabelledCore, labelled
 from pavi_scale.guide.local import draw, fit_core
 from pavi_scale.guide.mode import Noise
 from pavi_scale.guide.root import RootSpace
@@ -65,7 +66,8 @@ def lower_bound(
 ) -> tuple[Tensor, Tensor]:
     """L at K points, and a sum whose gradient in the values given (those of root and free blocks) is that of L; `[K]` each.
 
-    Components that are not Gaussian use Fisher's identity: the gradient of log p(x | z) is the mean of that of log p(x, y | z) over y given x and z,
+    Labelled components use Fisher's identity over their labels: the gradient is that of the evidence of each label, averaged over the labels'
+    posterior. Others that are not Gaussian use it over a draw: the gradient of log p(x | z) is the mean of that of log p(x, y | z) over y given x and z,
     here over a draw of the core, which is not differentiated through.
     """
     total = torch.zeros(particles, dtype=reduced.dtype)
@@ -77,6 +79,13 @@ def lower_bound(
             total, surrogate = total + term.detach(), surrogate + term
     for component in lower(guide):
         if not guide.counted(reduced, component.blocks[-1].plates, split, first):
+            continue
+        if (data := _labels_of(guide, component, reduced, values)) is not None:
+            evidence = reduced.evidence(data, values)
+            labels = LabelledCore(LocalModel(component, reduced, still, {}, particles), data, evidence)
+            total = total + labels.log_marginal(reduced.weights(component.blocks[0].plates).flatten()).to(reduced.dtype)
+            if evidence.requires_grad:
+                surrogate = surrogate + (labels.shares() * evidence).flatten(1).sum(1)
             continue
         core = fit_core(LocalModel(component, reduced, values if component.quadratic else still, {}, particles), differentiable=component.quadratic)
         term = core.log_marginal(weights(core))
@@ -92,6 +101,14 @@ def lower_bound(
             if any(p in values and values[p].theta.requires_grad for p in guide.graph.model.variables[factor.variable].parents):
                 surrogate = surrogate + reduced.log_prob(factor.variable, given).flatten(1).sum(1)
     return total, surrogate
+
+
+def _labels_of(guide: Guide, component: Component, reduced: Reduced, values: Mapping[str, Value]) -> str | None:
+    """The observed mixture of a labelled component whose priors nothing differentiable enters."""
+    data = labelled(component, guide.graph) if reduced.dtype == torch.float32 else None
+    priors = [guide.graph.model.variables[f.variable] for f in component.factors if f.variable != data]
+    moving = any(p in values and values[p].theta.requires_grad for v in priors for p in v.parents)
+    return None if moving else data
 
 
 @dataclass

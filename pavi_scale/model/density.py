@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Geometric, Multinomial
+from torch.distributions import Categorical, Distribution, Geometric, MixtureSameFamily, Multinomial
 from torch.distributions.constraints import Constraint
 
 from pavi_scale.errors import ModelError
@@ -65,6 +65,7 @@ class Graph:
         self.supports: dict[str, Constraint] = {}
         self.fillers: dict[str, Tensor] = {}  # what stands for missing observations: a draw of the law, so inside its support
         self.curved: dict[str, str] = {}  # variable -> the parent that its law gives second derivatives by (`SecondOrder`)
+        self.labelled: dict[str, str] = {}  # observed mixture -> the parent that is the logits of its labels (`Labelled`)
         self.promote = False
         try:
             self._inspect(example or {})
@@ -102,10 +103,26 @@ class Graph:
                     passed = [p for p in v.parents if values[p] is law.curved and p in self.links and self.links[p].identity]
                     if passed:
                         self.curved[v.name] = passed[0]
+                if v.kind == "observed" and v.missing != "mask" and law.event_shape == self.shape(v):
+                    self.labelled.update({v.name: p for p in v.parents if self._labels(v, law, values, p)})
                 if v.kind == "latent":
                     self.links[v.name] = make_link(self.supports[v.name], self.shape(v), v.name)
                     self._check_support(v, law, values)
                     values[v.name] = law.sample().to(torch.float64)
+
+    def _labels(self, v: Variable, law: Distribution, values: Mapping[str, Tensor], parent: str) -> bool:
+        """Whether a parent is the logits of a mixture's labels, and enters the law in no other way."""
+        if parent not in self.links or not self.links[parent].identity or values[parent].ndim != 1:
+            return False
+        x = law.sample()
+        moved = self.law(v, {**values, parent: values[parent].flip(0) + 0.5 * torch.arange(len(values[parent]))})
+        for one, logits in ((law, values[parent]), (moved, values[parent].flip(0) + 0.5 * torch.arange(len(values[parent])))):
+            evidence = evidence_of(one, x)
+            if evidence is None or evidence.shape != logits.shape or not torch.allclose(evidence, torch.as_tensor(evidence_of(law, x)), rtol=1e-9):
+                return False
+            if not torch.allclose(one.log_prob(x), torch.logsumexp(logits + evidence, -1) - torch.logsumexp(logits, -1), rtol=1e-9):
+                return False
+        return True
 
     def law(self, v: Variable, values: Mapping[str, Tensor]) -> Distribution:
         """The law of one ground unit at given parent values, broadcast to the event shape."""
@@ -178,6 +195,17 @@ class Graph:
         value_, gradient, hessian = _over_units(unit, v.plates, [value, *parents.values()], self.promote, ())
         return value_, gradient, hessian
 
+    def evidence(self, v: Variable, value: Aligned, parents: Mapping[str, Aligned]) -> Tensor:
+        """Log p(value | label, parents) of each ground unit of a variable in `labelled`, `[K, *plates, labels]`."""
+        law_of, names, shape = v.law, list(parents), self.shape(v)
+
+        def unit(x: Tensor, *given: Tensor) -> Tensor:
+            law = expanded(law_of(**dict(zip(names, given, strict=True))), shape, v.name)  # type: ignore[misc]
+            return evidence_of(law, x)  # type: ignore[return-value]
+
+        labels = self.links[self.labelled[v.name]].size
+        return _over_units(unit, v.plates, [value, *parents.values()], self.promote, (labels,))[0]
+
     def prior_mean(self, v: Variable, parents: Mapping[str, Aligned]) -> Tensor:
         """Unconstrained image of the conditional prior's mean, `[K, *plates, *base_shape]`; zero where it has none."""
         shape, link, law_of = self.shape(v), self.links[v.name], v.law
@@ -211,6 +239,24 @@ class SecondOrder(Protocol):
     def second_order(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-density, gradient `[e]`, minus Hessian `[e, e]`."""
         ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A mixture that gives the log-density of a value under each of its components: its labels are then summed out in closed form."""
+
+    def evidence(self, value: Tensor) -> Tensor:
+        """Log p(value | label), `[labels]`."""
+        ...
+
+
+def evidence_of(law: Distribution, x: Tensor) -> Tensor | None:
+    """Log-density of x under each component of a mixture; None if the law is none."""
+    if isinstance(law, Labelled):
+        return law.evidence(x)
+    if isinstance(law, MixtureSameFamily) and isinstance(law.mixture_distribution, Categorical):
+        return law.component_distribution.log_prob(x.unsqueeze(-1 - len(law.event_shape)))
+    return None
 
 
 def _over_units(

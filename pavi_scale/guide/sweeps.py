@@ -1,0 +1,323 @@
+r"""Sweeps over the leaves of a labelled component: many small posteriors of the same shape, all at once.
+
+A leaf has logits z in R^L with a Gaussian prior of precision P, and T observations of a mixture whose labels have probabilities softmax(z):
+
+.. math:: f(z) = o \cdot z - z P z / 2 + \sum_t \left( \log\sum_l e^{z_l + b_{tl}} - \log\sum_l e^{z_l} \right)
+
+b is the evidence of each label, o = P loc the prior's pull. With p = softmax(z), r_t = softmax(z + b_t),
+
+.. math:: \nabla f = o - P z + \sum_t (r_t - p), \qquad -\nabla^2 f = P + T (\mathrm{diag}\,p - p p^T) - \sum_t (\mathrm{diag}\,r_t - r_t r_t^T) = H
+
+The mean lies off the mode by C t / 2 with C = H^-1 and t the gradient of tr(C \nabla^2 f) at fixed C, to the order of the third derivatives
+(Tierney & Kadane 1986; Rue, Martino & Chopin 2009).
+
+Leaves of one parent unit lie along the first axis, parent units along the last, and every inner loop runs over parent units: the compiler turns
+it into vector instructions, and nothing of a leaf is written to memory but what was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+LANES = 64  # parent units at once: the work space of one leaf then fits the first-level cache
+FAST = {"contract", "reassoc", "nsz", "arcp"}  # no assumption about NaN: they must come through
+ONE, HALF = np.float32(1.0), np.float32(0.5)
+LEAST = np.float32(0.05)  # of a pivot, in units of the prior's: the mixture may be convex far from the mode
+LONGEST = np.float32(4.0)  # of one step of a logit
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
+E2, E3, E4, E5, E6 = (np.float32(1.0 / k) for k in (2, 6, 24, 120, 720))
+
+
+@intrinsic  # type: ignore[misc]
+def _float_of_bits(_context: Any, bits: Any) -> Any:
+    """The float32 that an int32's bits are."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@njit(fastmath=FAST, inline="always")  # type: ignore[misc]
+def _exp(x: Any) -> Any:
+    """e^x of x <= 0 to float32's accuracy; e^-86 below -86. (The library's function is not vectorised.)"""
+    x = max(x, np.float32(-86.0))
+    k = np.floor(x * LOG2_E + HALF)
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    series = (((((E6 * r + E5) * r + E4) * r + E3) * r + E2) * r + ONE) * r + ONE
+    return series * _float_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _look(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, share: Any, top: Any, total: Any, g: Any, h: Any) -> None:
+    """Gradient and curvature of the leaves `s` of the parents from `at` at z; label probabilities into `share` (prior's last)."""
+    observations, labels = b.shape[1], b.shape[2]
+    for i in range(labels):
+        for u in range(LANES):
+            g[i, u] = offset[i, u]
+        for k in range(labels):
+            q = precision[i, k]
+            for u in range(LANES):
+                g[i, u] -= q * z[k, u]
+    for t in range(observations, -1, -1):  # the prior's labels first: they set h
+        sign = np.float32(observations) if t == observations else -ONE
+        for u in range(LANES):
+            top[u] = np.float32(-1e30)
+            total[u] = np.float32(0.0)
+        for i in range(labels):
+            for u in range(LANES):
+                share[t, i, u] = z[i, u]
+            if t < observations:
+                for u in range(width):
+                    share[t, i, u] += b[s, t, i, at + u]
+            for u in range(LANES):
+                top[u] = max(top[u], share[t, i, u])
+        for i in range(labels):
+            for u in range(LANES):
+                share[t, i, u] = _exp(share[t, i, u] - top[u])
+                total[u] += share[t, i, u]
+        for u in range(LANES):
+            total[u] = ONE / total[u]
+        for i in range(labels):
+            for u in range(LANES):
+                share[t, i, u] *= total[u]
+                g[i, u] -= sign * share[t, i, u]
+            for k in range(i + 1):
+                if t == observations:
+                    q = precision[i, k]
+                    for u in range(LANES):
+                        h[i, k, u] = q - sign * share[t, i, u] * share[t, k, u]
+                else:
+                    for u in range(LANES):
+                        h[i, k, u] -= sign * share[t, i, u] * share[t, k, u]
+            for u in range(LANES):
+                h[i, i, u] += sign * share[t, i, u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _factorise(h: Any, precision: Any) -> None:
+    """Cholesky factor of h in its place, with the inverse of its diagonal on the diagonal; a pivot is not less than a share of the prior's."""
+    labels = len(precision)
+    for k in range(labels):
+        for i in range(k, labels):
+            for m in range(k):
+                for u in range(LANES):
+                    h[i, k, u] -= h[i, m, u] * h[k, m, u]
+        least = LEAST * precision[k, k]
+        for u in range(LANES):
+            h[k, k, u] = ONE / np.sqrt(max(h[k, k, u], least))
+        for i in range(k + 1, labels):
+            for u in range(LANES):
+                h[i, k, u] *= h[k, k, u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _solve(h: Any, x: Any) -> None:
+    """x <- H^-1 x, from the factor."""
+    labels = len(x)
+    for i in range(labels):
+        for m in range(i):
+            for u in range(LANES):
+                x[i, u] -= h[i, m, u] * x[m, u]
+        for u in range(LANES):
+            x[i, u] *= h[i, i, u]
+    for i in range(labels - 1, -1, -1):
+        for m in range(i + 1, labels):
+            for u in range(LANES):
+                x[i, u] -= h[m, i, u] * x[m, u]
+        for u in range(LANES):
+            x[i, u] *= h[i, i, u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _invert(h: Any, c: Any) -> None:
+    """c <- H^-1, both halves; h, the factor, is overwritten by its inverse."""
+    labels = len(h)
+    for k in range(labels):
+        for i in range(k + 1, labels):
+            for u in range(LANES):
+                c[0, 0, u] = h[i, k, u] * h[k, k, u]
+            for m in range(k + 1, i):
+                for u in range(LANES):
+                    c[0, 0, u] += h[i, m, u] * h[m, k, u]
+            for u in range(LANES):
+                h[i, k, u] = -c[0, 0, u] * h[i, i, u]
+    for i in range(labels):
+        for k in range(i + 1):
+            for u in range(LANES):
+                c[i, k, u] = h[i, i, u] * h[i, k, u]
+            for m in range(i + 1, labels):
+                for u in range(LANES):
+                    c[i, k, u] += h[m, i, u] * h[m, k, u]
+            for u in range(LANES):
+                c[k, i, u] = c[i, k, u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _third(c: Any, share: Any, sign: Any, work: Any, one: Any, two: Any, t: Any) -> None:
+    """Adds sign times the gradient of tr(C (diag r - r r^T)) by z to t: r_j (C_jj - sum_k C_kk r_k - 2 ((C r)_j - r C r))."""
+    labels = len(c)
+    for u in range(LANES):
+        one[u] = np.float32(0.0)
+        two[u] = np.float32(0.0)
+    for i in range(labels):
+        for u in range(LANES):
+            work[i, u] = np.float32(0.0)
+        for k in range(labels):
+            for u in range(LANES):
+                work[i, u] += c[i, k, u] * share[k, u]
+        for u in range(LANES):
+            one[u] += c[i, i, u] * share[i, u]
+            two[u] += work[i, u] * share[i, u]
+    for i in range(labels):
+        for u in range(LANES):
+            t[i, u] += sign * share[i, u] * (c[i, i, u] - one[u] - np.float32(2.0) * (work[i, u] - two[u]))
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _average(c: Any, share: Any, work: Any, one: Any, two: Any) -> None:
+    """share <- its mean over z with covariance C about where it was taken, to second order; `work`, `one`, `two` as `_third` left them.
+
+    E[r_j] = r_j + r_j ((e_j - r)^T C (e_j - r) - (sum_k C_kk r_k - r C r)) / 2.
+    """
+    labels = len(c)
+    for i in range(labels):
+        for u in range(LANES):
+            bend = c[i, i, u] - np.float32(2.0) * work[i, u] + two[u] - (one[u] - two[u])
+            share[i, u] = max(share[i, u] * (ONE + HALF * bend), np.float32(0.0))
+    for u in range(LANES):  # what was cut off below zero
+        one[u] = np.float32(0.0)
+    for i in range(labels):
+        for u in range(LANES):
+            one[u] += share[i, u]
+    for i in range(labels):
+        for u in range(LANES):
+            share[i, u] /= one[u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _value(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, value: Any) -> None:
+    """Adds f(z) - log det L of the leaves to `value`; h the factor."""
+    observations, labels = b.shape[1], b.shape[2]
+    for u in range(width):
+        found = 0.0
+        for i in range(labels):
+            pull = offset[i, u]
+            for k in range(labels):
+                pull -= HALF * precision[i, k] * z[k, u]
+            found += z[i, u] * pull + np.log(h[i, i, u])
+        for t in range(observations + 1):
+            most, total = np.float32(-1e30), np.float32(0.0)
+            for i in range(labels):
+                most = max(most, z[i, u] + (b[s, t, i, at + u] if t < observations else np.float32(0.0)))
+            for i in range(labels):
+                total += _exp(z[i, u] + (b[s, t, i, at + u] if t < observations else np.float32(0.0)) - most)
+            found += (most + np.log(total)) * (-float(observations) if t == observations else 1.0)
+        value[at + u] += found
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)  # type: ignore[misc]
+def sweep(
+    b: Any, z: Any, todo: Any, offset: Any, precision: Any, steps: int, gain: Any, mean_sum: Any, cov_sum: Any, value: Any, mean: Any, variance: Any, share_out: Any,
+) -> None:
+    """Newton steps of every leaf given its parent, and what the parents need of them.
+
+    Args:
+        b: Evidence, `[S, T, L, n]`, float32: S leaves of each of n parents.
+        z: Logits, `[S, L, n]`; moved to the mode.
+        todo: First parents of the groups of `LANES` to look at.
+        offset: P loc, `[L, n]`.
+        precision: P, `[L, L]`.
+        steps: Newton steps.
+        gain: -Q M, `[L, E, n]`: Q the coupling to the parent, M a factor of its covariance; or of no size, for conditional moments.
+        mean_sum: Means given the parent, summed over leaves, `[L, n]`, float64; added to.
+        cov_sum: Their covariances, `[L, L, n]`, float64; added to.
+        value: sum over leaves of f at the mode - log det L, `[n]`, float64; or of no size.
+        mean: Means, `[S, L, n]`; or of no size.
+        variance: Variances, with what `gain` adds, `[S, L, n]`; or of no size.
+        share_out: Mean label probabilities, `[S, T, L, n]`; or of no size.
+    """
+    leaves, observations, labels, parents = b.shape
+    coarse = gain.shape[1]
+    h = np.empty((labels, labels, LANES), np.float32)
+    c = np.empty((labels, labels, LANES), np.float32)
+    share = np.empty((observations + 1, labels, LANES), np.float32)
+    here, g, work = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
+    own, shift = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
+    one, two = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for at in todo:
+        width = min(LANES, parents - at)
+        for i in range(labels):
+            for u in range(LANES):
+                own[i, u] = offset[i, at + u] if u < width else np.float32(0.0)
+        for s in range(leaves):
+            for i in range(labels):
+                for u in range(LANES):
+                    here[i, u] = z[s, i, at + u] if u < width else np.float32(0.0)
+            for step in range(steps):
+                _look(b, s, at, width, here, own, precision, share, one, two, g, h)
+                _factorise(h, precision)
+                _solve(h, g)
+                for i in range(labels):
+                    for u in range(LANES):
+                        g[i, u] = min(max(g[i, u], -LONGEST), LONGEST)
+                        here[i, u] += g[i, u]
+            for i in range(labels):
+                for u in range(width):
+                    z[s, i, at + u] = here[i, u]
+            if value.size:
+                _value(b, s, at, width, here, own, precision, h, value)
+            _invert(h, c)
+            for i in range(labels):
+                for k in range(i + 1):
+                    for u in range(width):
+                        cov_sum[i, k, at + u] += c[i, k, u]
+            for i in range(labels):
+                for u in range(LANES):
+                    shift[i, u] = np.float32(0.0)
+            if coarse == 0:
+                for t in range(observations + 1):
+                    _third(c, share[t], np.float32(-observations) if t == observations else ONE, work, one, two, shift)
+                    if share_out.size and t < observations:
+                        _average(c, share[t], work, one, two)
+            else:  # h now holds C with what the parent's spread adds
+                for i in range(labels):
+                    for k in range(labels):
+                        for u in range(LANES):
+                            h[i, k, u] = c[i, k, u]
+                for e in range(coarse):
+                    for i in range(labels):
+                        for u in range(LANES):
+                            g[i, u] = np.float32(0.0)
+                        for k in range(labels):
+                            for u in range(width):
+                                g[i, u] += c[i, k, u] * gain[k, e, at + u]
+                    for i in range(labels):
+                        for k in range(labels):
+                            for u in range(LANES):
+                                h[i, k, u] += g[i, u] * g[k, u]
+                for t in range(observations + 1):
+                    _third(h, share[t], np.float32(-observations) if t == observations else ONE, work, one, two, shift)
+                    if share_out.size and t < observations:
+                        _average(h, share[t], work, one, two)
+            for i in range(labels):
+                for u in range(LANES):
+                    work[i, u] = np.float32(0.0)
+                for k in range(labels):
+                    for u in range(LANES):
+                        work[i, u] += c[i, k, u] * shift[k, u]
+                for u in range(width):
+                    found = here[i, u] + HALF * work[i, u]
+                    mean_sum[i, at + u] += found
+                    if mean.size:
+                        mean[s, i, at + u] = found
+                        variance[s, i, at + u] = h[i, i, u] if coarse else c[i, i, u]
+                if share_out.size:
+                    for t in range(observations):
+                        for u in range(width):
+                            share_out[s, t, i, at + u] = share[t, i, u]
