@@ -124,11 +124,14 @@ class StudyComputation:
         shard = Shard(*task["shard"])
         return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
 
-    def _piece(self, piece: Any, first: bool) -> tuple[Reduced, bool]:
+    def _piece(self, piece: Any, first: bool, state: Arrays) -> tuple[Reduced, bool]:
         self._settle()
         if isinstance(piece, tuple):
-            return self.shard({"shard": piece})[0], bool(piece[3])
-        return self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes())), first
+            reduced, first = self.shard({"shard": piece})[0], bool(piece[3])
+        else:
+            reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes()))
+        self.search_from(state, reduced)
+        return reduced, first
 
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
@@ -330,7 +333,7 @@ class StudyComputation:
 
     def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
-        pieces = (self._piece(piece, bool(task["first"]) and number == 0) for number, piece in enumerate(task["pieces"]))
+        pieces = (self._piece(piece, bool(task["first"]) and number == 0, state) for number, piece in enumerate(task["pieces"]))
         return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:

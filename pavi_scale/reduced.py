@@ -47,7 +47,7 @@ class Reduced:
         self._aligned: dict[tuple[str, tuple[str, ...]], Aligned] = {}
         self._index: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor | None] = {}
         self.absorbed: dict[object, Any] = {}  # laws summed up once for all (see guide.curvature)
-        self.starts: dict[str, Tensor] = {}  # block -> coordinates `[n, C e]` from which modes are searched, beside the prior means
+        self.starts: dict[str, Tensor] = {}  # block -> coordinates `[n, C e]` from which modes are searched, and where they were found
         self._weights: dict[tuple[str, ...], Tensor] = {}
 
     def forget(self, names: Iterable[str]) -> None:

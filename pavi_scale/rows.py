@@ -23,11 +23,12 @@ from pavi_scale.marginal import refit, whitening
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
-from pavi_scale.sites import Centre, Residual, Sites, Upper, residual, updated
+from pavi_scale.sites import REFITTED, Centre, Residual, Sites, Upper, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
 
 FIRST = 16_000  # ground units of the smallest selection
+EACH = 16  # observed values in it for each coordinate of a free row, at least
 GROWTH = 4
 LOOK = 3  # rounds over the smallest selection from each start
 SEARCH = 12  # and then at most from the best one
@@ -45,7 +46,6 @@ CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 4
 CENTRED_STARTS = 3  # where the data show centres, the best of them are few
 PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
-REFITTED = 40  # root coordinates up to which the root is refitted by importance
 REFIT_POINTS = 4096
 REFIT_VALUES = 1_000_000_000  # points x coordinates that a refit may take
 NARROW = 0.05  # share of the sd at which a start is looked at
@@ -68,10 +68,14 @@ class Rows:
         self.draws = study.space.prior_draws(256, stream(seed, "prior") % 2**31)
         scale = whitening(self.draws)[1] if study.space.dim else np.zeros(0)
         self.upper = Upper(study, scale)
+        self.starts: dict[str, np.ndarray] = {}  # where coarse blocks below were found, or about where they should be
         self.split = study.settings.split
         self.count = study.layout.cardinality.get(self.split or "", 1)
-        observed = max((math.prod(study.layout.cardinality[p] for p in v.plates) for v in study.graph.model.of_kind("observed")), default=1)
-        first = math.ceil(FIRST * self.count / max(observed, 1))
+        cardinality, laws = study.layout.cardinality, list(study.graph.model.of_kind("observed"))
+        observed = max((math.prod(cardinality[p] for p in v.plates) for v in laws), default=1)
+        values = sum(math.prod(cardinality[p] for p in v.plates) * math.prod(study.graph.shape(v)) for v in laws)
+        rows = sum(math.prod(cardinality[p] for p in b.plates) * b.dim for b in self.upper.blocks)
+        first = math.ceil(max(FIRST / max(observed, 1), EACH * rows / max(values, 1)) * self.count)
         sizes = [] if self.split is None else [min(first, self.count) * GROWTH**i for i in range(40)]
         self.sizes = [s for s in sizes if s <= self.count // GROWTH] + [self.count]
         length = max(1, min(shard_length(study), self.count // CELLS))
@@ -86,6 +90,7 @@ class Rows:
             self.save(on_checkpoint, sites, root, step)
         else:
             sites, root, step = Sites.of(resumed[0]), np.array(resumed[0]["root/loc"]), resumed[1]
+            self.starts = {k: np.array(v) for k, v in resumed[0].items() if k.startswith("start/")}
         settled, left = False, Residual(math.inf, math.inf)
         last = len(self.sizes) - 1
         while not settled and step < last + PASSES and time.monotonic() < self.trainer.deadline:
@@ -105,7 +110,7 @@ class Rows:
         study, seed = self.trainer.study, self.trainer.seed
         starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
         starts = starts[:CENTRED_STARTS] if len(starts) else self.draws[:PRIOR_STARTS]
-        found: list[tuple[Sites, np.ndarray, float]] = []
+        found: list[tuple[Sites, np.ndarray, float, dict[str, np.ndarray]]] = []
         for attempt, point in enumerate(starts):
             if found and time.monotonic() > self.trainer.deadline:
                 break
@@ -116,8 +121,9 @@ class Rows:
             sites = self.upper.initial(point, rows)
             centre = replace(self.upper.centre(sites, point), loc=rows)
             # A start is a guess to be followed, not a posterior to be averaged over: it is looked at from near by.
-            found.append(self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW))
-        sites, root, _ = max(found, key=lambda f: f[2])
+            self.starts = {}  # labels are numbered differently
+            found.append((*self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW), self.starts))
+        sites, root, _, self.starts = max(found, key=lambda f: f[2])
         sites, root, _ = self.follow(sites, self.upper.solve(sites, root), SEARCH, 1000 * (1 + len(found)))
         return sites, root
 
@@ -160,8 +166,14 @@ class Rows:
             for a in range(0, len(pieces), per)
         ]
         state = {f"centre/{b}": x for b, x in centre.loc.items()} | {f"spread/{b}": spread * x for b, x in centre.sd.items()}
-        answers = self.trainer.engine.round("score", {**state, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}, tasks)
-        return {key: np.asarray(sum(a[key] for a in answers)) for key in answers[0]}
+        state |= {**self.starts, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}
+        answers = self.trainer.engine.round("score", state, tasks)
+        total = {key: np.asarray(sum(a[key] for a in answers)) for key in answers[0]}
+        for key in [k for k in total if k.startswith("start/")]:
+            modes, seen = total.pop(key), total.pop(key.replace("start/", "seen/"))
+            average = (modes.sum(0) / np.maximum(seen.sum(0), 1.0)) * np.ones_like(modes)  # where none looked yet
+            self.starts[key] = np.where(seen > 0, modes / np.maximum(seen, 1.0), self.starts.get(key, average))
+        return total
 
     def lost(self, sites: Sites, centre: Centre) -> float:
         """Largest share of its precision that a direction loses if the sites' couplings are accounted for: 1 - 1/x for a variance that is x times ours.
@@ -198,22 +210,47 @@ class Rows:
 
     def save(self, on_checkpoint: Checkpoint, sites: Sites, root: np.ndarray, step: int) -> None:
         """Everything that the next round needs."""
-        on_checkpoint({**sites.arrays(), "root/loc": root}, step)
+        on_checkpoint({**sites.arrays(), **self.starts, "root/loc": root}, step)
 
     def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
         """The guide's state: rows, and the root given them - refitted by importance where it is small, else its best Gaussian."""
-        trainer, dim, upper = self.trainer, self.trainer.study.space.dim, self.upper
-        trainer.state = {k: v for k, v in sites.arrays().items() if k.startswith("site/")}
+        trainer, dim = self.trainer, self.trainer.study.space.dim
+        trainer.state = {k: v for k, v in sites.arrays().items() if k.startswith("site/")} | self.starts
         if dim == 0:
             fitted = trainer._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), settled, math.nan)
             return replace(fitted, lost=lost)
-        mean, cov = upper.average(sites, centre.root, trainer._normals("average", PAIRS, dim))
-        if dim <= REFITTED and upper.size(upper.reduced) * REFIT_POINTS <= REFIT_VALUES:
+        return replace(self._root(sites, centre, settled), lost=lost)
+
+    def _root(self, sites: Sites, centre: Centre, settled: bool) -> Fitted:
+        """Pool and Gaussian of the root: the searched coordinates, then the joined ones given them."""
+        trainer, upper = self.trainer, self.upper
+        dim, rest = trainer.study.space.dim, upper.rest
+        mean, cov = upper.average(sites, centre.root, trainer._normals("average", PAIRS, len(rest))) if len(rest) else (centre.root, np.zeros((0, 0)))
+        small = upper.size(upper.reduced) * REFIT_POINTS <= REFIT_VALUES
+        khat = math.nan
+
+        def whole(points: np.ndarray) -> np.ndarray:
+            out = np.repeat(mean[None], len(points), 0)
+            out[:, rest] = points
+            return out
+
+        if 0 < len(rest) <= REFITTED and small:
             pool = refit(
-                lambda points, _: (upper.bound(sites, points)[0], None), mean, cov, seed=trainer.seed, per_round=256, target=1000.0, max_points=REFIT_POINTS,
-                deadline=trainer.deadline, on_step=trainer.tell,
+                lambda points, _: (upper.value(sites, whole(points)), None), mean[rest], cov, seed=trainer.seed, per_round=256, target=1000.0,
+                max_points=REFIT_POINTS, deadline=trainer.deadline, on_step=trainer.tell,
             )
-            return replace(trainer._fitted(pool.points, pool.weight, pool.gaussian, settled, pool.khat), lost=lost)
-        gaussian = StudentT(mean, np.linalg.cholesky(cov))
-        points = gaussian.sample(trainer._normals("pool", POOL, dim), np.full(POOL, 0.5))
-        return replace(trainer._fitted(points, np.full(POOL, 1.0 / POOL), gaussian, settled, math.nan), lost=lost)
+            points, weight, loc, chol, khat = whole(pool.points), pool.weight, pool.gaussian.loc, pool.gaussian.chol, pool.khat
+        else:
+            loc, chol = mean[rest], np.linalg.cholesky(cov)
+            points = whole(StudentT(loc, chol).sample(trainer._normals("pool", POOL, len(rest)), np.full(POOL, 0.5)))
+            weight = np.full(POOL, 1.0 / POOL)
+        joint, factor = whole(loc[None])[0], np.zeros((dim, dim))
+        factor[np.ix_(rest, rest)] = chol
+        if upper.joined:
+            middle, sd = upper.complete(sites, points, each=small)
+            noise = np.random.default_rng(stream(trainer.seed, "joined") % 2**63).standard_normal(points.shape)
+            points = middle + sd * noise
+            held = np.setdiff1d(np.arange(dim), rest)
+            joint[held] = weight @ middle[:, held]
+            factor[held, held] = np.sqrt(weight @ (sd[:, held] ** 2 + (middle[:, held] - joint[held]) ** 2))
+        return trainer._fitted(points, weight, StudentT(joint, factor), settled, khat)

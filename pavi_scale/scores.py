@@ -12,6 +12,7 @@ draws its own signs, so that they average out over a pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -82,7 +83,7 @@ def lower_bound(
             continue
         if (data := _labels_of(guide, component, reduced, values)) is not None:
             evidence = reduced.evidence(data, values)
-            labels = LabelledCore(LocalModel(component, reduced, still, {}, particles), data, evidence)
+            labels = LabelledCore(LocalModel(component, reduced, still, {}, particles), data, evidence, "shares" if evidence.requires_grad else "")
             total = total + labels.log_marginal(reduced.weights(component.blocks[0].plates).flatten()).to(reduced.dtype)
             if evidence.requires_grad:
                 surrogate = surrogate + (labels.shares() * evidence).flatten(1).sum(1)
@@ -216,7 +217,7 @@ def gather(
 ) -> dict[str, np.ndarray]:
     """Scores at `centre/*`, `spread/*` of a state, summed over pieces: `value`, `root`, `root_curvature`, and `score/*`, `curvature/*` as whole tables.
 
-    With `towards/*` in the state, `along/*` only.
+    With `towards/*` in the state, `along/*` only. `start/*` are the modes of coarse blocks below, where they were found, `seen/*` how often.
 
     Args:
         guide: The guide.
@@ -248,4 +249,11 @@ def gather(
                 if f"{kind}/{name}" not in sums:
                     sums[f"{kind}/{name}"] = np.zeros_like(state[f"centre/{name}"])
                 sums[f"{kind}/{name}"][rows[name]] += table
+        for block in guide.blocks:
+            if block.name in reduced.starts:
+                units = positions(reduced.selection.layout, reduced.selection, block)
+                for key, found_there in ((f"start/{block.name}", reduced.starts[block.name].to(torch.float64).numpy()), (f"seen/{block.name}", 1.0)):
+                    if key not in sums:
+                        sums[key] = np.zeros((math.prod(reduced.selection.layout.cardinality[p] for p in block.plates), block.dim))
+                    sums[key][units] += found_there
     return sums

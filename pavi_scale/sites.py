@@ -25,6 +25,7 @@ from pavi_scale.computation import StudyComputation
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import weights
+from pavi_scale.guide.joined import with_roots
 from pavi_scale.guide.local import Core, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.moments import conditional_moments
@@ -39,6 +40,8 @@ POINTS = 1 << 21  # coordinates x root points looked at together
 CURVATURE = 20_000_000  # the same for one curvature of the root
 LEAST_UNITS = 8
 DIRECTIONS = 4  # random ones, from which the search of the root's mode takes its scales
+REFITTED = 40  # root coordinates up to which their whole curvature is looked at, and the root is refitted by importance
+GRADIENT = 2e-2  # posterior sds off its mode at which a search of the root ends
 AVERAGED = 3  # Newton steps from the root's mode to its mean
 LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
 
@@ -90,6 +93,9 @@ class Centre:
 class Upper:
     """Root, free blocks and what is coupled to them, in memory and in double precision.
 
+    Root latents that are linear-Gaussian given the others join the components that they are parents of, and are eliminated with them: `rest` are the
+    root coordinates that are searched.
+
     Args:
         study: The study.
         scale: Spread of the prior of each root coordinate, `[R]`.
@@ -110,7 +116,13 @@ class Upper:
             self.reduced = Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
             self.space = RootSpace(study.graph, self.reduced)
         self.told = speaks_of(study.guide, study.space)
-        self.part = self._part(names, CURVATURE)
+        few = self._part(names, 0)
+        self.components = [with_roots(c, few, self.space, self.told) for c in self.components]
+        self.joined = [n for c in self.components for b in c.blocks if not b.plates for n in b.latents]
+        owner = np.repeat(np.arange(len(self.space.names)), self.space.sizes)
+        self.rest = np.flatnonzero(~np.isin(owner, [self.space.names.index(n) for n in self.joined]))
+        # Units of a part count for others: a joined root would have to be told.
+        self.part = self.reduced if self.joined else self._part(names, CURVATURE)
         self.coarse = self._part(names, CURVATURE // 10)
 
     def _part(self, names: list[str], values: int) -> Reduced:
@@ -148,6 +160,8 @@ class Upper:
             at = slice(None) if reduced is self.reduced else flat_positions(self.study.layout, reduced.selection, b)
             rows[b.name] = torch.from_numpy(sites.loc[b.name][at]), torch.from_numpy(np.log(sites.precision[b.name][at]))
         values: dict[str, Value] = dict(self.space.values(z))
+        for name in self.joined:  # their laws are their components'
+            total = total - self.space.reduced.log_prob(name, values)
         cores = []
         for component in self.components:
             local = LocalModel(component, reduced, values, rows, len(z))
@@ -171,61 +185,122 @@ class Upper:
                 grads.append(grad.numpy())
         return np.concatenate(found), np.concatenate(grads)
 
-    def covariance(self, sites: Sites, root: np.ndarray, reduced: Reduced | None = None) -> np.ndarray:
-        """Inverse curvature at a root point; directions of less curvature than a quarter of the prior's are given that."""
-        r = len(root)
-        move = np.diag(1e-3 * self.scale)
-        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), reduced or self.part)
-        h = (grad[r:] - grad[:r]) / (2e-3 * self.scale[:, None])
-        h = 0.5 * (h + h.T) * self.scale[:, None] * self.scale
-        values, vectors = np.linalg.eigh(h)
-        return np.asarray((vectors / np.maximum(np.abs(values), 0.25)) @ vectors.T * self.scale[:, None] * self.scale)
+    def value(self, sites: Sites, points: np.ndarray) -> np.ndarray:
+        """`bound` without the gradient."""
+        size = max(1, POINTS // max(1, self.size(self.reduced)))
+        with precision(torch.float64), torch.no_grad():
+            found = [self.cores(sites, torch.tensor(points[a : a + size]), self.reduced, differentiable=False)[0].numpy() for a in range(0, len(points), size)]
+        return np.concatenate(found)
 
-    def widths(self, sites: Sites, root: np.ndarray) -> np.ndarray:
-        """About the inverse root of the curvature's diagonal at a root point, `[R]`, from a few random directions (Bekas, Kokiopoulou & Saad 2007)."""
-        signs = np.random.default_rng(stream(0, "directions") % 2**63).choice([-1.0, 1.0], (DIRECTIONS, len(root)))
-        move = 1e-3 * self.scale * signs
+    def covariance(self, sites: Sites, root: np.ndarray, reduced: Reduced | None = None) -> np.ndarray:
+        """Inverse curvature of the searched coordinates at a root point; directions of less curvature than a quarter of the prior's are given that."""
+        r, scale = len(self.rest), self.scale[self.rest]
+        move = np.zeros((r, len(root)))
+        move[np.arange(r), self.rest] = 1e-3 * scale
+        _, grad = self.bound(sites, np.concatenate([root + move, root - move]), reduced or self.part)
+        h = (grad[r:, self.rest] - grad[:r, self.rest]) / (2e-3 * scale[:, None])
+        h = 0.5 * (h + h.T) * scale[:, None] * scale
+        values, vectors = np.linalg.eigh(h)
+        return np.asarray((vectors / np.maximum(np.abs(values), 0.25)) @ vectors.T * scale[:, None] * scale)
+
+    def metric(self, sites: Sites, root: np.ndarray) -> np.ndarray:
+        """A matrix W for which W^T H W is about the identity, H the curvature of the searched coordinates at a root point, `[len(rest), len(rest)]`.
+
+        From a part of the units, since a search only needs about the right lengths: H itself where there are few coordinates, else the diagonal of it
+        by a few random directions (Bekas, Kokiopoulou & Saad 2007).
+        """
+        scale, rest = self.scale[self.rest], self.rest
+        known = sites.root_precision[np.ix_(rest, rest)]  # of the root's own site: no unit's
+        stands_for = self.size(self.reduced) / self.size(self.coarse) if self.joined else 1.0
+        random = np.random.default_rng(stream(0, "directions") % 2**63).choice([-1.0, 1.0], (DIRECTIONS, len(rest)))
+        signs = np.eye(len(rest)) if len(rest) <= REFITTED else random
+        move = np.zeros((len(signs), len(root)))
+        move[:, rest] = 1e-3 * scale * signs
         _, grad = self.bound(sites, np.concatenate([root + move, root - move]), self.coarse)
-        own = ((grad[DIRECTIONS:] - grad[:DIRECTIONS]) * signs).mean(0) / (2e-3 * self.scale)
-        return np.asarray(1 / np.sqrt(np.maximum(np.abs(own), 0.25 / self.scale**2)))
+        change = (grad[len(signs) :] - grad[: len(signs)])[:, rest]
+        if len(rest) <= REFITTED:
+            h = change / (2e-3 * scale[:, None])
+            h = stands_for * (0.5 * (h + h.T) - known) + known
+            values, vectors = np.linalg.eigh(h * scale[:, None] * scale)
+            return np.asarray(scale[:, None] * vectors / np.sqrt(np.maximum(np.abs(values), 0.25)))
+        own = stands_for * ((change * signs).mean(0) / (2e-3 * scale) - known.diagonal()) + known.diagonal()
+        return np.diag(1 / np.sqrt(np.maximum(np.abs(own), 0.25 / scale**2)))
 
     def solve(self, sites: Sites, start: np.ndarray) -> Centre:
         """Mode of the root's marginal from a start, and the free blocks there."""
-        if not len(start):
+        if not len(self.rest):
             return self.centre(sites, start)
-        # The sites' precision grows by orders of magnitude over the rounds: the search is whitened by the curvature's diagonal.
-        width = self.widths(sites, start)
+        # The sites' precision grows by orders of magnitude over the rounds: the search is whitened.
+        metric = self.metric(sites, start)
+
+        def at(y: np.ndarray) -> np.ndarray:
+            point = start.copy()
+            point[self.rest] += metric @ y
+            return point
 
         def objective(y: np.ndarray) -> tuple[float, np.ndarray]:
-            value, grad = self.bound(sites, (start + width * y)[None])
+            value, grad = self.bound(sites, at(y)[None])
             if not (np.isfinite(value[0]) and np.isfinite(grad).all()):
                 return 1e300, np.zeros_like(y)
-            return -float(value[0]), -grad[0] * width
+            return -float(value[0]), -grad[0, self.rest] @ metric
 
-        found = minimize(objective, np.zeros_like(start), jac=True, method="L-BFGS-B", options={"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": 5e-3})
-        return self.centre(sites, start + width * found.x)
+        options = {"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": GRADIENT}
+        found = minimize(objective, np.zeros(len(self.rest)), jac=True, method="L-BFGS-B", options=options)
+        return self.centre(sites, at(found.x))
 
     def average(self, sites: Sites, root: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Location and covariance of the Gaussian that fits the root's marginal best on average (E[gradient] = 0), from its mode.
+        """Location and covariance of the Gaussian that fits the marginal of the searched coordinates best on average (E[gradient] = 0), from its mode.
 
         A mode of locations and log scales together puts the scales too low, by a factor sqrt(1 - 1/n) for n units about an unknown mean.
 
         Args:
             sites: What stands for the data.
             root: Where to start, `[R]`.
-            normals: Standard normals, `[P, R]`, used with both signs.
+            normals: Standard normals, `[P, len(rest)]`, used with both signs.
+
+        Returns:
+            `[R]`, `[len(rest), len(rest)]`.
         """
         covariance = self.covariance(sites, root)
         for _ in range(AVERAGED):
-            move = normals @ np.linalg.cholesky(covariance).T
+            move = np.zeros((len(normals), len(root)))
+            move[:, self.rest] = normals @ np.linalg.cholesky(covariance).T
             _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
-            step = covariance @ grad.mean(0)
-            root = root + step * min(1.0, 1.0 / max(float(np.abs(step / np.sqrt(np.diagonal(covariance))).max()), 1e-12))
+            step = covariance @ grad[:, self.rest].mean(0)
+            root = root.copy()
+            root[self.rest] += step * min(1.0, 1.0 / max(float(np.abs(step / np.sqrt(np.diagonal(covariance))).max()), 1e-12))
         return root, self.covariance(sites, root)
 
+    def complete(self, sites: Sites, points: np.ndarray, each: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the joined root coordinates given the others, in place in `[P, R]`; zero sd elsewhere.
+
+        Args:
+            sites: What stands for the data.
+            points: Root points.
+            each: Whether at each point, or at the first for all.
+        """
+        mean, sd = points.copy(), np.zeros_like(points)
+        size = max(1, POINTS // max(1, self.size(self.reduced))) if each else 1
+        with precision(torch.float64), torch.no_grad():
+            for start in range(0, len(points) if each else 1, size):
+                at = slice(start, start + size) if each else slice(None)
+                _, cores = self.cores(sites, torch.tensor(points[start : start + size]), self.reduced, differentiable=False)
+                for component, core in zip(self.components, cores, strict=True):
+                    for block in component.blocks:
+                        if block.plates:
+                            continue
+                        loc, variance = conditional_moments(core, core.mode, block.name)
+                        for name in block.latents:
+                            index = self.space.names.index(name)
+                            where = slice(sum(self.space.sizes[:index]), sum(self.space.sizes[: index + 1]))
+                            mean[at, where] = LocalModel.columns_of(component, block, name, loc)[:, 0].numpy()
+                            sd[at, where] = LocalModel.columns_of(component, block, name, variance)[:, 0].sqrt().numpy()
+        return mean, sd
+
     def centre(self, sites: Sites, root: np.ndarray) -> Centre:
-        """The free blocks at a root point."""
+        """The free blocks at a root point, its joined coordinates put where they belong."""
         loc, sd = {}, {}
+        root = self.complete(sites, root[None], each=True)[0][0] if self.joined else root
         with precision(torch.float64), torch.no_grad():
             value, cores = self.cores(sites, torch.tensor(root[None]), self.reduced, differentiable=False)
             for component, core in zip(self.components, cores, strict=True):

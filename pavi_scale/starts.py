@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from pavi_scale.batching import closure, splittable
 from pavi_scale.computation import StudyComputation
 from pavi_scale.guide.blocks import lies_below
 from pavi_scale.marginal import Bound
+from pavi_scale.plates import Layout, Selection, ancestors
 from pavi_scale.rng import stream
 
 SAMPLE = 6_000  # observed vectors that are clustered
@@ -198,19 +200,31 @@ def _ancestry(study: StudyComputation, name: str) -> set[str]:
     return found
 
 
+def _few(layout: Layout, plates: list[str]) -> dict[str, int]:
+    """Units of each plate, so that there are at most `GROUPED` groups: many vectors of few groups show more than few of many."""
+    sizes = {p: layout.cardinality[p] for p in plates}
+    while sizes and math.prod(sizes.values()) > GROUPED and max(sizes.values()) > 1:
+        largest = max(sizes, key=lambda p: sizes[p])
+        sizes[largest] = max(1, min(sizes[largest] - 1, sizes[largest] * GROUPED // math.prod(sizes.values())))
+    return sizes
+
+
 def observed_sample(study: StudyComputation, name: str, grouped: tuple[str, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Some observed vectors, `[m, d]`, from a few units of each splittable plate; and the unit on plates `grouped` that each lies below, `[m]`."""
     model, layout = study.graph.model, study.layout
     v = model.variables[name]
-    total = int(np.prod([layout.cardinality[p] for p in v.plates]))
     rng = np.random.default_rng(stream(seed, "sample", name) % 2**63)
     chosen = {}
+    few = _few(layout, [p for p in grouped if p in v.plates and not model.plates[p].within and not any(p in ancestors(model.plates, q) for q in v.plates)])
+    total = int(np.prod([few.get(p, layout.cardinality[p]) for p in v.plates]))
     for top in splittable(model, study.guide.components):
         if lies_below(model.plates, v.plates, (top,)):
             n = layout.cardinality[top]
             count = max(1, min(n, int(np.ceil(n * SAMPLE / total))))
             chosen[top] = np.sort(rng.choice(n, count, replace=False))
-    selection = closure(layout, chosen)
+    whole = closure(layout, chosen)
+    units = {**whole.units, **{p: np.sort(rng.choice(layout.cardinality[p], n, replace=False)) for p, n in few.items() if p not in chosen}}
+    selection = Selection(layout, units, {p: np.ones(len(u)) for p, u in units.items()})
     x = np.asarray(study.cohort.read(name, {p: selection.units[p] for p in v.plates}), dtype=np.float64)
     x = x.reshape(-1, int(np.prod(study.graph.shape(v))))
     above = study.reduced(selection, [name]).unit_index(v.plates, grouped) if grouped else None

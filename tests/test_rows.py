@@ -83,6 +83,7 @@ def test_rows_of_separate_groups_give_the_exact_posterior(monkeypatch):
     exact = ps.fit(model, data, progress=False)
     free(monkeypatch, "group")
     monkeypatch.setattr(rows, "FIRST", 30)  # so that selections grow
+    monkeypatch.setattr(rows, "EACH", 0)
     found = ps.fit(model, data, progress=False)
     assert (exact.status, found.status) == ("ok", "ok")
     assert set(found.datatree["fit"]["stage"].values) == {"start", "sites", "pass", "refit"}

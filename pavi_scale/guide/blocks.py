@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from pavi_scale.model.density import Graph
@@ -175,6 +175,12 @@ def make_components(graph: Graph, blocks: Sequence[Block]) -> list[Component]:
         couplings, tree = _symbolic(graph.model.plates, members, factors)
         components.append(Component(members, factors, couplings, tree))
     return _in_order(graph, components)
+
+
+def coupled(plates: Mapping[str, Plate], blocks: tuple[Block, ...], factors: tuple[Factor, ...], like: Component) -> Component:
+    """A component of other blocks and laws, with what is known of the laws of `like`."""
+    couplings, tree = _symbolic(plates, blocks, factors)
+    return replace(like, blocks=blocks, factors=factors, couplings=couplings, tree=tree)
 
 
 def _symbolic(plates: Mapping[str, Plate], blocks: Sequence[Block], factors: Sequence[Factor]) -> tuple[dict[str, tuple[str, ...]], bool]:

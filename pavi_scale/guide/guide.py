@@ -108,10 +108,10 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
         trial = [component]
         if len(size) == 1 and len(shapes) == 1 and size != {1}:
             trial = [replace(component, elementwise=True)]
-            if not all(_separate(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws):
+            if not all(separate(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws):
                 trial = [component]
         if trial[0].elementwise or sum(b.dim for b in component.blocks) <= 64:
-            quadratic = all(_curvature_fixed(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws)
+            quadratic = all(curvature_fixed(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws)
         else:
             quadratic = False
         rough = [f.variable for f in component.factors if all(_kinked(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
@@ -125,7 +125,8 @@ def _points(local: LocalModel, seed: int) -> dict[str, Tensor]:
     return {b: z + 0.7 * torch.randn(z.shape, generator=generator, dtype=z.dtype) for b, z in local.start().items()}
 
 
-def _separate(local: LocalModel) -> bool:
+def separate(local: LocalModel) -> bool:
+    """Whether coordinates of different event index do not interact in any law of the component."""
     z = _points(local, 0)
     generator = torch.Generator().manual_seed(1)
     for factor in local.component.factors:
@@ -158,7 +159,7 @@ def _uniform(local: LocalModel, factor: Factor) -> bool:
     return flat and all(float((h - curved[1][pair]).abs().max()) <= 1e-10 * float(h.abs().max().clamp_min(1e-12)) for pair, h in curved[0].items())
 
 
-def _curvature_fixed(local: LocalModel) -> bool:
+def curvature_fixed(local: LocalModel) -> bool:
     """Whether the curvature, and the mode that a Newton step leads to, are the same from two points (a kink moves the second only)."""
     points = [_points(local, seed) for seed in (2, 3)]
     one, two = (local.expand(z, differentiable=False).gaussian for z in points)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from pavi_scale.model.density import Graph
 
 SWEEPS = 20
 FIRST_STEPS, STEPS = 3, 2  # Newton steps of each leaf in the first sweep, and in the others
+NEAR, MIXED = 0.5, 3.0  # longest step, in units of the most, that is mixed with the one before; share of that one at most
 SETTLED = 1e-2  # Newton decrement (nats) of a parent unit at which its search ends
 NOTHING = np.zeros((0, 0, 0), np.float32)
 
@@ -77,11 +77,11 @@ class LabelledCore:
         local: The component given root and earlier components; its data whole below the selected parents.
         data: The observed mixture (`labelled`).
         evidence: `Reduced.evidence` of it, `[K, *plates, L]`.
-        start: Parents' coordinates to start from, `[n, E]`; the prior mean by default.
+        wanted: "shares", "moments", or "" for neither.
     """
 
-    def __init__(self, local: LocalModel, data: str, evidence: Tensor, start: np.ndarray | None = None) -> None:
-        self.local, self.particles = local, local.particles
+    def __init__(self, local: LocalModel, data: str, evidence: Tensor, wanted: str = "") -> None:
+        self.local, self.particles, self.wanted = local, local.particles, wanted
         *tops, self.leaf = local.component.blocks
         self.parent = tops[0] if tops else None
         self.plates = local.reduced.graph.model.variables[data].plates
@@ -91,9 +91,17 @@ class LabelledCore:
         self.layout = (inner, below, outer)
         sizes = local.reduced.sizes
         self.shape = (math.prod(sizes(inner)), math.prod(sizes(below)), self.leaf.dim, math.prod(sizes(outer)))
-        if start is None and self.parent is not None:
-            start = local.start()[self.parent.name][0, :, 0].to(torch.float64).numpy()
-        self.evidence, self.z, self.top, self.factor, self.value = [], [], [], [], []
+        start: np.ndarray | None = None
+        if self.parent is not None:
+            known = local.reduced.starts.get(self.parent.name)  # where an earlier round ended
+            start = (local.start()[self.parent.name][0, :, 0] if known is None else known).to(torch.float64).numpy()
+        self.evidence: list[np.ndarray] = []
+        self._share: list[np.ndarray] = []
+        self._mean: list[np.ndarray] = []
+        self._variance: list[np.ndarray] = []
+        self.top: list[np.ndarray] = []
+        self.factor: list[np.ndarray] = []
+        self.value: list[np.ndarray] = []
         order = [self.plates.index(p) for p in (*inner, *below)] + [len(self.plates)] + [self.plates.index(p) for p in outer]
         self.priors = self._priors()
         for k in range(self.particles):
@@ -101,6 +109,8 @@ class LabelledCore:
             self.evidence.append(own.permute(order).reshape(self.shape).contiguous().numpy())
             self._settle(k, start)
             start = self.top[-1].T  # neighbouring root points have neighbouring answers
+        if self.parent is not None:
+            local.reduced.starts[self.parent.name] = torch.from_numpy(self.top[0].T.copy())
 
     def _priors(self) -> list[Prior]:
         """The priors' quadratics, from one unit."""
@@ -128,111 +138,128 @@ class LabelledCore:
 
     def _settle(self, k: int, start: np.ndarray | None) -> None:
         """Newton steps of the parents until they move by little."""
-        leaves, _, labels, n = self.shape
+        leaves, _, _, n = self.shape
         prior, b = self.priors[k], self.evidence[k]
         groups = np.arange(0, n, LANES)
-        value = np.zeros(n)
         if start is None:
-            top = np.zeros((0, n))
             offset = np.repeat(prior.c[:, None], n, 1)
             z = np.repeat(np.linalg.solve(prior.p, offset)[None], leaves, 0).astype(np.float32)
-            self._sweep(b, z, groups, offset, prior, 2 * FIRST_STEPS, value)
-            self._keep(z, top, np.zeros((n, 0, 0)), value + leaves * (prior.v + 0.5 * labels * math.log(2 * math.pi)))
+            self._sweep(b, z, groups, offset, prior, 2 * FIRST_STEPS)
+            self._finish(k, z, np.zeros((0, n)), np.zeros((n, 0, 0)))
             return
         top = np.array(start, dtype=np.float64).T
         z = np.repeat(np.linalg.solve(prior.p, prior.c[:, None] - prior.q @ top)[None], leaves, 0).astype(np.float32)
-        longest = np.full(n, float(np.mean(1 / np.sqrt(np.diagonal(prior.r0)))))
-        most, before, factor = longest.copy(), np.zeros_like(top), np.zeros((n, len(top), len(top)))
+        factor, mixing = np.zeros((n, len(top), len(top))), Mixing(top, float(np.mean(1 / np.sqrt(np.diagonal(prior.r0)))))
         todo = groups
         for number in range(SWEEPS):
             at = (todo[:, None] + np.arange(LANES)).ravel()
             at = at[at < n]
-            mean, cov = self._sweep(b, z, todo, prior.c[:, None] - prior.q @ top, prior, STEPS if number else FIRST_STEPS, None)
+            mean, cov = self._sweep(b, z, todo, prior.c[:, None] - prior.q @ top, prior, STEPS if number else FIRST_STEPS)
             here = top[:, at]
             g = prior.d0[:, None] - prior.r0 @ here + leaves * (prior.d[:, None] - prior.r @ here) - prior.q.T @ mean[:, at]
             h = prior.r0 + leaves * prior.r - np.einsum("ie,nij,jf->nef", prior.q, cov[at], prior.q, optimize=True)
             found = factorise(torch.from_numpy(h))
             step = torch.cholesky_solve(torch.from_numpy(g.T[:, :, None].copy()), found)[..., 0].numpy().T
-            decrement = (g * step).sum(0)
-            # A step that turns back was too long: curvature far out says little of what lies between.
-            longest[at] = np.where((step * before[:, at]).sum(0) < 0, 0.5 * longest[at], np.minimum(1.2 * longest[at], most[at]))
-            step = step * np.minimum(1.0, longest[at] / np.maximum(np.abs(step).max(0), 1e-12))
-            top[:, at], before[:, at], factor[at] = here + step, step, found.numpy()
+            factor[at] = found.numpy()
+            mixing.move(top, at, step)
             unsettled = np.zeros(n, bool)
-            unsettled[at] = decrement > SETTLED
+            unsettled[at] = (g * step).sum(0) > SETTLED
             todo = np.unique(np.flatnonzero(unsettled) // LANES) * LANES
             if not len(todo):
                 break
-        self._sweep(b, z, groups, prior.c[:, None] - prior.q @ top, prior, 1, value)
+        self._finish(k, z, top, factor)
+
+    def _finish(self, k: int, z: np.ndarray, top: np.ndarray, factor: np.ndarray) -> None:
+        """One more sweep, for the value and what is wanted of the leaves; the parents' spread counts."""
+        leaves, observations, labels, n = self.shape
+        prior, value, gain = self.priors[k], np.zeros(n), NOTHING
+        offset = np.repeat(prior.c[:, None], n, 1) - prior.q @ top
+        if self.parent is not None:
+            spread = np.linalg.inv(factor).transpose(0, 2, 1)  # M M^T = H^-1
+            gain = np.ascontiguousarray(np.einsum("le,nef->lfn", -prior.q, spread, optimize=True), dtype=np.float32)
+        mean, variance = (np.empty((leaves, labels, n), np.float32) if self.wanted == "moments" else NOTHING for _ in range(2))
+        share = np.empty((leaves, observations, labels, n), np.float32) if self.wanted == "shares" else NOTHING[None]
+        sweep(
+            self.evidence[k], z, np.arange(0, n, LANES), offset.astype(np.float32), prior.p.astype(np.float32), 1, gain,
+            np.zeros((labels, n)), np.zeros((labels, labels, n)), value, mean, variance, share,
+        )
         value = value + leaves * (prior.v + 0.5 * labels * math.log(2 * math.pi) + prior.d @ top - 0.5 * (top * (prior.r @ top)).sum(0))
         value = value + prior.v0 + prior.d0 @ top - 0.5 * (top * (prior.r0 @ top)).sum(0) + 0.5 * len(top) * math.log(2 * math.pi)
-        self._keep(z, top, factor, value - np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1))
+        self.value.append(value - np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1))
+        self.top.append(top)
+        self.factor.append(factor)
+        self._share.append(share)
+        self._mean.append(mean)
+        self._variance.append(variance)
 
-    def _sweep(self, b: np.ndarray, z: np.ndarray, todo: np.ndarray, offset: np.ndarray, prior: Prior, steps: int, value: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _sweep(self, b: np.ndarray, z: np.ndarray, todo: np.ndarray, offset: np.ndarray, prior: Prior, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Settle the leaves; sums over them of means `[L, n]` and covariances `[n, L, L]`."""
         _, _, labels, n = self.shape
         mean, cov = np.zeros((labels, n)), np.zeros((labels, labels, n))
-        own = np.zeros(0) if value is None else value
-        sweep(b, z, todo, offset.astype(np.float32), prior.p.astype(np.float32), steps, NOTHING, mean, cov, own, NOTHING, NOTHING, NOTHING[None])
+        sweep(b, z, todo, offset.astype(np.float32), prior.p.astype(np.float32), steps, NOTHING, mean, cov, np.zeros(0), NOTHING, NOTHING, NOTHING[None])
         cov = cov.transpose(2, 0, 1)
         return mean, cov + np.tril(cov, -1).transpose(0, 2, 1)
-
-    def _keep(self, z: np.ndarray, top: np.ndarray, factor: np.ndarray, value: np.ndarray) -> None:
-        self.z.append(z)
-        self.top.append(top)
-        self.factor.append(factor)
-        self.value.append(value)
 
     def log_marginal(self, weights: Tensor) -> Tensor:
         """Laplace value of log p(data | root), `[K]`; weights of the parents' units `[n]`."""
         return torch.from_numpy(np.stack(self.value) @ weights.to(torch.float64).numpy())
 
-    def _last(self, k: int, mean: np.ndarray, variance: np.ndarray, share: np.ndarray) -> None:
-        """One more sweep, for what is asked of it; the parents' spread counts."""
-        prior, n = self.priors[k], self.shape[3]
-        gain, offset = NOTHING, np.repeat(prior.c[:, None], n, 1)
-        if self.parent is not None:
-            spread = np.linalg.inv(self.factor[k]).transpose(0, 2, 1)  # M M^T = H^-1
-            gain = np.ascontiguousarray(np.einsum("le,nef->lfn", -prior.q, spread, optimize=True), dtype=np.float32)
-            offset = prior.c[:, None] - prior.q @ self.top[k]
-        labels = self.shape[2]
-        sweep(
-            self.evidence[k], self.z[k], np.arange(0, n, LANES), offset.astype(np.float32), prior.p.astype(np.float32), 1, gain,
-            np.zeros((labels, n)), np.zeros((labels, labels, n)), np.zeros(0), mean, variance, share,
-        )
-
     def shares(self) -> Tensor:
         """Posterior probabilities of each observation's labels, `[K, *plates, L]`."""
         inner, below, outer = self.layout
         sizes = self.local.reduced.sizes
-        out = np.empty((self.particles, *self.shape), np.float32)
-        for k in range(self.particles):
-            self._last(k, NOTHING, NOTHING, out[k])
         axes = (*inner, *below, "", *outer)
-        whole = torch.from_numpy(out).reshape(self.particles, *sizes(inner), *sizes(below), self.leaf.dim, *sizes(outer))
+        whole = torch.from_numpy(np.stack(self._share)).reshape(self.particles, *sizes(inner), *sizes(below), self.leaf.dim, *sizes(outer))
         return whole.permute(0, *(1 + axes.index(p) for p in self.plates), 1 + axes.index(""))
 
-    @cached_property
     def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Block -> mean and variance of its coordinates given the root, `[K, n, 1, e]`."""
         inner, _, outer = self.layout
         sizes = self.local.reduced.sizes
-        leaves, _, labels, n = self.shape
-        mean, variance = np.empty((self.particles, leaves, labels, n), np.float32), np.empty((self.particles, leaves, labels, n), np.float32)
-        for k in range(self.particles):
-            self._last(k, mean[k], variance[k], NOTHING[None])
+        labels = self.shape[2]
         axes = (*inner, "", *outer)
 
-        def units_first(t: np.ndarray) -> Tensor:
-            whole = torch.from_numpy(t).reshape(self.particles, *sizes(inner), labels, *sizes(outer))
+        def units_first(parts: list[np.ndarray]) -> Tensor:
+            whole = torch.from_numpy(np.stack(parts)).reshape(self.particles, *sizes(inner), labels, *sizes(outer))
             return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(self.particles, -1, 1, labels)
 
-        out = {self.leaf.name: (units_first(mean), units_first(variance))}
+        out = {self.leaf.name: (units_first(self._mean), units_first(self._variance))}
         if self.parent is not None:
             spread = [np.linalg.inv(f) for f in self.factor]
             top = torch.from_numpy(np.stack(self.top)).transpose(1, 2)[:, :, None]
             out[self.parent.name] = top, torch.from_numpy(np.stack([(s**2).sum(1) for s in spread]))[:, :, None]
         return out
+
+
+class Mixing:
+    """Newton steps of many units towards a fixed point, each with the slowest direction of its error taken out.
+
+    The curvature at hand leaves out how the leaves' skewness moves with their parent, so that plain steps converge linearly. Anderson mixing with
+    one earlier step (Walker & Ni 2011): x + s - c (dx + ds) with c = s.ds / ds.ds, where dx and ds are the last changes of point and step.
+
+    Args:
+        top: Coordinates, `[E, n]`.
+        longest: Of one step.
+    """
+
+    def __init__(self, top: np.ndarray, longest: float) -> None:
+        self.most, self.longest = longest, np.full(top.shape[1], longest)
+        self.step, self.point = np.zeros_like(top), np.full_like(top, np.nan)
+
+    def move(self, top: np.ndarray, at: np.ndarray, step: np.ndarray) -> None:
+        """Move the units `at` by about `step` `[E, len(at)]`, in place."""
+        here, before = top[:, at], self.step[:, at]
+        turned = (step * before).sum(0) < 0
+        # A step that turns back was too long: curvature far out says little of what lies between.
+        self.longest[at] = np.where(turned, 0.5 * self.longest[at], np.minimum(1.2 * self.longest[at], self.most))
+        away, change = here - self.point[:, at], step - before
+        square = (change**2).sum(0)
+        near = np.isfinite(away).all(0) & (np.abs(step).max(0) < NEAR * self.most) & (square > 0)
+        share = np.where(near, (step * change).sum(0) / np.where(square > 0, square, 1.0), 0.0).clip(-MIXED, MIXED)
+        move = step - np.where(near, share * (np.nan_to_num(away) + change), 0.0)
+        move = move * np.minimum(1.0, self.longest[at] / np.maximum(np.abs(move).max(0), 1e-12))
+        self.point[:, at], self.step[:, at] = here, step
+        top[:, at] = here + move
 
 
 def _quadratic(local: LocalModel, factor: Factor, zeros: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:

@@ -45,12 +45,12 @@ def _float_of_bits(_context: Any, bits: Any) -> Any:
 
 @njit(fastmath=FAST, inline="always")  # type: ignore[misc]
 def _exp(x: Any) -> Any:
-    """e^x of x <= 0 to float32's accuracy; e^-86 below -86. (The library's function is not vectorised.)"""
+    """e^x of x <= 0 to the accuracy of float32, e^-86 below -86: the library's own function is not vectorised."""
     x = max(x, np.float32(-86.0))
     k = np.floor(x * LOG2_E + HALF)
     r = (x - k * LN2_HIGH) - k * LN2_LOW
     series = (((((E6 * r + E5) * r + E4) * r + E3) * r + E2) * r + ONE) * r + ONE
-    return series * _float_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))
+    return series * _float_of_bits((np.int32(k) + np.int32(127)) << np.int32(23))  # type: ignore[call-arg]
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
@@ -221,9 +221,68 @@ def _value(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: 
         value[at + u] += found
 
 
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _spread(c: Any, gain: Any, at: Any, width: Any, v: Any, h: Any) -> None:
+    """h <- C + V V^T with V = C gain: the leaf's covariance with what its parent's spread adds."""
+    labels = len(c)
+    for i in range(labels):
+        for k in range(labels):
+            for u in range(LANES):
+                h[i, k, u] = c[i, k, u]
+    for e in range(gain.shape[1]):
+        for i in range(labels):
+            for u in range(LANES):
+                v[i, u] = np.float32(0.0)
+            for k in range(labels):
+                for u in range(width):
+                    v[i, u] += c[i, k, u] * gain[k, e, at + u]
+        for i in range(labels):
+            for k in range(labels):
+                for u in range(LANES):
+                    h[i, k, u] += v[i, u] * v[k, u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _skew(c: Any, share: Any, averaged: Any, work: Any, one: Any, two: Any, shift: Any) -> None:
+    """shift <- the gradient t of tr(C Hessian of f); the observations' label probabilities are averaged over z if asked for."""
+    observations, labels = len(share) - 1, len(c)
+    for i in range(labels):
+        for u in range(LANES):
+            shift[i, u] = np.float32(0.0)
+    for t in range(observations + 1):
+        _third(c, share[t], np.float32(-observations) if t == observations else ONE, work, one, two, shift)
+        if averaged and t < observations:
+            _average(c, share[t], work, one, two)
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _report(
+    s: Any, at: Any, width: Any, here: Any, c: Any, whole: Any, share: Any, work: Any, shift: Any, mean_sum: Any, mean: Any, variance: Any, share_out: Any
+) -> None:
+    """Write what is asked of a leaf: its mean here + C t / 2, its variance, its observations' label probabilities."""
+    labels = len(c)
+    for i in range(labels):
+        for u in range(LANES):
+            work[i, u] = np.float32(0.0)
+        for k in range(labels):
+            for u in range(LANES):
+                work[i, u] += c[i, k, u] * shift[k, u]
+        for u in range(width):
+            found = here[i, u] + HALF * work[i, u]
+            mean_sum[i, at + u] += found
+            if mean.size:
+                mean[s, i, at + u] = found
+                variance[s, i, at + u] = whole[i, i, u]
+        if share_out.size:
+            for t in range(len(share) - 1):
+                for u in range(width):
+                    share_out[s, t, i, at + u] = share[t, i, u]
+
+
 @njit(fastmath=FAST, nogil=True, cache=True)  # type: ignore[misc]
 def sweep(
-    b: Any, z: Any, todo: Any, offset: Any, precision: Any, steps: int, gain: Any, mean_sum: Any, cov_sum: Any, value: Any, mean: Any, variance: Any, share_out: Any,
+    b: Any, z: Any, todo: Any, offset: Any, precision: Any, steps: int, gain: Any,
+    mean_sum: Any, cov_sum: Any, value: Any, mean: Any, variance: Any, share_out: Any,
 ) -> None:
     """Newton steps of every leaf given its parent, and what the parents need of them.
 
@@ -259,7 +318,7 @@ def sweep(
             for i in range(labels):
                 for u in range(LANES):
                     here[i, u] = z[s, i, at + u] if u < width else np.float32(0.0)
-            for step in range(steps):
+            for _ in range(steps):
                 _look(b, s, at, width, here, own, precision, share, one, two, g, h)
                 _factorise(h, precision)
                 _solve(h, g)
@@ -277,47 +336,7 @@ def sweep(
                 for k in range(i + 1):
                     for u in range(width):
                         cov_sum[i, k, at + u] += c[i, k, u]
-            for i in range(labels):
-                for u in range(LANES):
-                    shift[i, u] = np.float32(0.0)
-            if coarse == 0:
-                for t in range(observations + 1):
-                    _third(c, share[t], np.float32(-observations) if t == observations else ONE, work, one, two, shift)
-                    if share_out.size and t < observations:
-                        _average(c, share[t], work, one, two)
-            else:  # h now holds C with what the parent's spread adds
-                for i in range(labels):
-                    for k in range(labels):
-                        for u in range(LANES):
-                            h[i, k, u] = c[i, k, u]
-                for e in range(coarse):
-                    for i in range(labels):
-                        for u in range(LANES):
-                            g[i, u] = np.float32(0.0)
-                        for k in range(labels):
-                            for u in range(width):
-                                g[i, u] += c[i, k, u] * gain[k, e, at + u]
-                    for i in range(labels):
-                        for k in range(labels):
-                            for u in range(LANES):
-                                h[i, k, u] += g[i, u] * g[k, u]
-                for t in range(observations + 1):
-                    _third(h, share[t], np.float32(-observations) if t == observations else ONE, work, one, two, shift)
-                    if share_out.size and t < observations:
-                        _average(h, share[t], work, one, two)
-            for i in range(labels):
-                for u in range(LANES):
-                    work[i, u] = np.float32(0.0)
-                for k in range(labels):
-                    for u in range(LANES):
-                        work[i, u] += c[i, k, u] * shift[k, u]
-                for u in range(width):
-                    found = here[i, u] + HALF * work[i, u]
-                    mean_sum[i, at + u] += found
-                    if mean.size:
-                        mean[s, i, at + u] = found
-                        variance[s, i, at + u] = h[i, i, u] if coarse else c[i, i, u]
-                if share_out.size:
-                    for t in range(observations):
-                        for u in range(width):
-                            share_out[s, t, i, at + u] = share[t, i, u]
+            if coarse:
+                _spread(c, gain, at, width, g, h)
+            _skew(h if coarse else c, share, share_out.size > 0, work, one, two, shift)
+            _report(s, at, width, here, c, h if coarse else c, share, work, shift, mean_sum, mean, variance, share_out)

@@ -132,7 +132,8 @@ class Laws:
                 if latent == factor.variable:
                     jacobian = link.log_det(base, theta)
                 values[latent] = Value(theta.reshape(1, *sizes, *link.event_shape), block.plates)
-            term = self.reduced.log_prob(factor.variable, values).flatten(1) + jacobian
+            found = self.reduced.log_prob(factor.variable, values)
+            term = found.reshape(len(found), -1) + jacobian
             (gradient,) = torch.autograd.grad(term.sum(), z, create_graph=True)
             columns = [torch.autograd.grad(gradient[..., i].sum(), z, retain_graph=True, materialize_grads=True)[0] for i in range(e)]
         value = scatter(torch.zeros_like(z[..., 0, 0]), self.reduced.unit_index(v.plates, block.plates), term)
@@ -165,7 +166,8 @@ class Laws:
                 given[latent] = Aligned(theta.reshape(theta.shape[0], *sizes, *link.event_shape), v.plates, True)
                 if latent == factor.variable:
                     jacobian = link.log_det(base, theta)
-        value = self.reduced.log_prob(factor.variable, self.given, given, alone=alone).flatten(1) + jacobian
+        found = self.reduced.log_prob(factor.variable, self.given, given, alone=alone)
+        value = found.reshape(len(found), -1) + jacobian
         return value.expand(self.particles, -1), copies
 
     def products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:

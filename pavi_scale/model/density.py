@@ -104,7 +104,9 @@ class Graph:
                     if passed:
                         self.curved[v.name] = passed[0]
                 if v.kind == "observed" and v.missing != "mask" and law.event_shape == self.shape(v):
-                    self.labelled.update({v.name: p for p in v.parents if self._labels(v, law, values, p)})
+                    logits = [p for p in v.parents if self._labels(v, law, values, p)]
+                    if logits:
+                        self.labelled[v.name] = logits[0]
                 if v.kind == "latent":
                     self.links[v.name] = make_link(self.supports[v.name], self.shape(v), v.name)
                     self._check_support(v, law, values)

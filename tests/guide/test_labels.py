@@ -1,0 +1,221 @@
+"""Labelled components: sweeps against quadrature, autograd and the generic path."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import t as student
+from torch.distributions import Categorical, HalfNormal, Independent, LogNormal, MixtureSameFamily, Normal
+
+import pavi_scale as ps
+from pavi_scale.cohort import open_cohort
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.labels import LabelledCore, labelled
+from pavi_scale.guide.local import fit_core
+from pavi_scale.plates import Selection
+from pavi_scale.reduced import Reduced, Value
+from pavi_scale.settings import make_graph, precision
+
+LABELS, FEATURES = 3, 2
+
+
+def model_of(law, scale=1.5):
+    return ps.Model(
+        ps.Plate("subject"), ps.Plate("session"), ps.Plate("vertex"), sizes={"network": LABELS},
+        kappa=ps.latent(lambda: LogNormal(-0.7, 0.2)),
+        m=ps.latent(lambda: Normal(0.0, 2.0), plates=("subject", "session"), dims=("network", "feature")),
+        rho=ps.latent(lambda: Normal(0.0, scale), plates="vertex", dims="network"),
+        z=ps.latent(lambda rho: Normal(rho, 0.8), plates=("subject", "vertex"), dims="network"),
+        x=ps.observed(law, plates=("subject", "session", "vertex"), dims="feature"),
+    )  # fmt: skip
+
+
+def fast(z, m, kappa):
+    return ps.laws.IsotropicNormalMixture(z, m, kappa)
+
+
+def generic(z, m, kappa):
+    return MixtureSameFamily(Categorical(logits=z), Independent(Normal(m, kappa), 1))
+
+
+FREE = frozenset({frozenset({"subject", "session"})})
+
+
+def setting(law, subjects=4, vertices=70, seed=0, dtype=torch.float32, scale=1.5):
+    """A core of a small cohort's labelled component at two root points, its local model and its cohort."""
+    model = model_of(law, scale)
+    data = model_of(generic, scale).sample({"subject": subjects, "session": 2, "vertex": vertices, "feature": FEATURES}, seed=seed)
+    cohort = open_cohort(data, model)
+    graph = make_graph(cohort)
+    structure = {"vertex+subject*vertex": {"uniform": ["rho", "z"]}}
+    guide = Guide(graph, FREE, structure)
+    component = next(c for c in guide.components if c.name == "vertex+subject*vertex")
+    with precision(dtype):
+        tensors = {"x": torch.as_tensor(data["x"].transpose("subject", "session", "vertex", "feature").values).to(dtype)}
+        reduced = Reduced(graph, Selection.whole(cohort.layout), tensors, dtype=dtype)
+        m = torch.as_tensor(data["m"].transpose("subject", "session", "network", "feature").values).to(dtype)
+        values = {
+            "kappa": Value(torch.as_tensor([float(data["kappa"]), 1.2 * float(data["kappa"])], dtype=dtype), ()),
+            "m": Value(torch.stack([m, m + 0.1]), ("subject", "session")),
+        }
+        return data, graph, component, LocalModel(component, reduced, values, {}, 2)
+
+
+def core_of(law, wanted="moments", **sizes):
+    data, graph, component, local = setting(law, **sizes)
+    with precision(torch.float32):
+        name = labelled(component, graph)
+        return data, local, LabelledCore(local, name, local.reduced.evidence(name, local.given), wanted)
+
+
+def log_joint(data, k, rho, z, vertex):
+    """Log p(rho, z, x) of one vertex, up to nothing: rho `[..., L]`, z `[..., S, L]`."""
+    m = data["m"].transpose("subject", "session", "network", "feature").values + (0.1 if k else 0.0)
+    kappa = float(data["kappa"]) * (1.2 if k else 1.0)
+    x = data["x"].transpose("subject", "session", "vertex", "feature").values[:, :, vertex]
+    square = ((x[:, :, None] - m) ** 2).sum(-1)
+    evidence = -0.5 * square / kappa**2 - FEATURES * np.log(kappa * np.sqrt(2 * np.pi))
+    logits = z[..., :, None, :]
+    data_term = (np.logaddexp.reduce(logits + evidence, -1) - np.logaddexp.reduce(logits, -1)).sum((-1, -2))
+    norm = lambda d, s: (-0.5 * (d / s) ** 2 - np.log(s * np.sqrt(2 * np.pi))).sum(-1)  # noqa: E731
+    return norm(rho, 1.5) + norm(z - rho[..., None, :], 0.8).sum(-1) + data_term
+
+
+def importance(data, k, core, vertex, draws=20_000):
+    """Posterior moments and log evidence of one vertex by importance sampling from a wide Gaussian about the core."""
+    rng = np.random.default_rng(vertex)
+    mean = {b: t[0][k].double().numpy() for b, t in core.moments().items()}
+    sd = {b: t[1][k].double().sqrt().numpy() for b, t in core.moments().items()}
+    vertices, subjects = len(mean["vertex"]), len(mean["subject*vertex"]) // len(mean["vertex"])
+    at = np.arange(subjects) * vertices + vertex
+    # Parents first, children about their shifted prior: heavy enough on every side.
+    rho = mean["vertex"][vertex, 0] + 1.2 * sd["vertex"][vertex, 0] * rng.standard_t(8, (draws, LABELS))
+    centre = 0.7 * (rho - mean["vertex"][vertex, 0])[:, None] + mean["subject*vertex"][at, 0]
+    z = centre + 0.85 * rng.standard_t(8, (draws, subjects, LABELS))
+    log_q = student.logpdf((rho - mean["vertex"][vertex, 0]) / (1.2 * sd["vertex"][vertex, 0]), 8).sum(-1) - np.log(1.2 * sd["vertex"][vertex, 0]).sum()
+    log_q = log_q + (student.logpdf((z - centre) / 0.85, 8) - np.log(0.85)).sum((-1, -2))
+    weight = log_joint(data, k, rho, z, vertex) - log_q
+    evidence = np.logaddexp.reduce(weight) - np.log(draws)
+    w = np.exp(weight - weight.max())
+    w /= w.sum()
+    moments = lambda v: (np.tensordot(w, v, 1), np.sqrt(np.tensordot(w, v**2, 1) - np.tensordot(w, v, 1) ** 2))  # noqa: E731
+    return evidence, 1 / (w**2).sum(), moments(rho), moments(z)
+
+
+def test_only_mixtures_by_latent_logits_are_labelled():
+    for law in (fast, generic):
+        _, graph, component, _ = setting(law)
+        assert graph.labelled == {"x": "z"}
+        assert labelled(component, graph) == "x"
+    _, graph, component, _ = setting(lambda z, m, kappa: MixtureSameFamily(Categorical(logits=2 * z), Independent(Normal(m, kappa), 1)))
+    assert graph.labelled == {}
+    assert labelled(component, graph) is None
+    _, graph, _, _ = setting(lambda z, m, kappa: MixtureSameFamily(Categorical(logits=z), Independent(Normal(m + z[:, None], kappa), 1)))
+    assert graph.labelled == {}
+
+
+def test_evidence_is_that_of_each_component():
+    data, local, _ = core_of(fast)
+    with precision(torch.float32):
+        own = local.reduced.evidence("x", local.given)
+        other = setting(generic)[3]
+        assert torch.allclose(own, other.reduced.evidence("x", other.given), atol=1e-4)
+        z = torch.zeros(2, 4, 70, LABELS)
+        shown = local.reduced.log_prob("x", {**local.given, "z": Value(z, ("subject", "vertex"))})
+    assert torch.allclose(shown, torch.logsumexp(own, -1) - np.log(LABELS), atol=1e-4)
+    assert own.shape == (2, 4, 2, 70, LABELS)
+    assert data.sizes["vertex"] == 70
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_moments_and_evidence_agree_with_importance_sampling(k):
+    data, _, core = core_of(fast, subjects=3)
+    double = setting(fast, subjects=3, dtype=torch.float64)[3]
+    with precision(torch.float64):
+        mode = {b: t[k, :, 0].numpy() for b, t in fit_core(double, differentiable=False).mode.items()}
+    worst, plain, gaps = [], [], []
+    for vertex in range(0, 70, 10):
+        evidence, effective, (rho, rho_sd), (z, z_sd) = importance(data, k, core, vertex)
+        assert effective > 300
+        found = {b: (t[0][k].numpy(), t[1][k].sqrt().numpy()) for b, t in core.moments().items()}
+        at = np.arange(3) * 70 + vertex
+        worst.append(np.abs((found["subject*vertex"][0][at, 0] - z) / z_sd).max())
+        worst.append(np.abs((found["vertex"][0][vertex, 0] - rho) / rho_sd).max())
+        plain.append(np.abs((mode["subject*vertex"][at] - z) / z_sd).max())
+        plain.append(np.abs((mode["vertex"][vertex] - rho) / rho_sd).max())
+        gaps.append(core.value[k][vertex] - evidence)
+        assert np.abs(found["subject*vertex"][1][at, 0] / z_sd - 1).max() < 0.12
+        assert np.abs(found["vertex"][1][vertex, 0] / rho_sd - 1).max() < 0.12
+    # Three leaves: the parent's own skewness is left out, and the more there are the less it matters. The joint mode lies further off.
+    assert max(worst) < 0.2
+    assert np.mean(worst) < 0.6 * np.mean(plain)
+    assert np.abs(gaps).max() < 0.15
+
+
+def test_the_parents_mean_stays_right_as_leaves_are_added():
+    # A joint mode of parent and leaves is off by a constant while the posterior narrows: with 400 leaves, by several of its sds.
+    data, _, core = core_of(fast, subjects=400, vertices=64, seed=2)
+    covariance = np.linalg.inv(core.factor[0] @ core.factor[0].transpose(0, 2, 1))
+    away = data["rho"].values - core.top[0].T
+    contrast = (away[:, 0] - away[:, 1]) / np.sqrt(covariance[:, 0, 0] + covariance[:, 1, 1] - 2 * covariance[:, 0, 1])
+    leaves_mean, leaves_variance = (t[0].numpy()[:, 0] for t in core.moments()["subject*vertex"])
+    truth = data["z"].transpose("subject", "vertex", "network").values.reshape(-1, LABELS)
+    leaves = (truth - leaves_mean) / np.sqrt(leaves_variance)
+    # Differences between labels are what data speak of: 64 of them here.
+    assert 0.75 < np.sqrt(np.mean(contrast**2)) < 1.3
+    assert abs(contrast.mean()) < 0.4
+    assert abs((np.abs(leaves) < 0.6745).mean() - 0.5) < 0.02
+    assert abs((np.abs(leaves) < 1.6449).mean() - 0.9) < 0.02
+    narrow = (truth - leaves_mean) / np.sqrt(0.5 * leaves_variance)
+    assert abs((np.abs(narrow) < 0.6745).mean() - 0.5) > 0.05
+
+
+def test_label_probabilities_are_the_gradient_of_the_log_marginal():
+    # d log p(x | root) / d evidence = E[label] (Fisher): differences of the value against the shares.
+    _, local, core = core_of(fast, "shares", subjects=3)
+    shares = core.shares()
+    assert np.abs(shares.sum(-1).numpy() - 1).max() < 1e-5
+    with precision(torch.float32):
+        evidence = local.reduced.evidence("x", local.given).expand(2, 3, 2, 70, LABELS)
+        for label in range(LABELS):
+            move = torch.zeros_like(evidence)
+            move[:, 1, 0, :, label] = 0.05
+            up, down = (np.stack(LabelledCore(local, "x", (evidence + sign * move).float()).value) for sign in (1, -1))
+            slope = (up - down) / 0.1
+            apart = np.abs(slope - shares[:, 1, 0, :, label].numpy())
+            print(label, apart.mean(), np.quantile(apart, [0.5, 0.9, 0.99]), apart.max())
+            assert np.median(apart) < 0.002
+            assert apart.mean() < 0.01
+            assert np.abs(slope - 1 / LABELS).mean() > 0.2
+
+
+def test_one_block_without_a_parent():
+    model = ps.Model(
+        ps.Plate("unit"), ps.Plate("draw"), sizes={"label": LABELS},
+        s=ps.latent(lambda: HalfNormal(1.0)),
+        c=ps.latent(lambda: Normal(0.0, 2.0), plates="draw", dims=("label",)),
+        z=ps.latent(lambda: Normal(0.3, 1.2), plates="unit", dims="label"),
+        x=ps.observed(lambda z, c, s: MixtureSameFamily(Categorical(logits=z), Normal(c, s)), plates=("unit", "draw")),
+    )  # fmt: skip
+    data = model.sample({"unit": 30, "draw": 3}, seed=1)
+    cohort = open_cohort(data, model)
+    graph = make_graph(cohort)
+    guide = Guide(graph, frozenset({frozenset({"draw"})}), {"unit": {"uniform": ["z"]}})
+    component = next(c for c in guide.components if c.name == "unit")
+    assert labelled(component, graph) == "x"
+    with precision(torch.float32):
+        reduced = Reduced(graph, Selection.whole(cohort.layout), {"x": torch.as_tensor(data["x"].values).float()}, dtype=torch.float32)
+        values = {"s": Value(torch.tensor([0.5]), ()), "c": Value(torch.as_tensor(data["c"].values).float()[None], ("draw",))}
+        local = LocalModel(component, reduced, values, {}, 1)
+        core = LabelledCore(local, "x", reduced.evidence("x", values), "moments")
+    mean, variance = (t[0, :, 0].double().numpy() for t in core.moments()["unit"])
+    rng = np.random.default_rng(0)
+    z = 0.3 + 1.2 * rng.standard_normal((100_000, 1, LABELS))  # the prior is the proposal
+    evidence = -0.5 * ((data["x"].values[:, :, None] - data["c"].values) / 0.5) ** 2
+    log_weight = (np.logaddexp.reduce(z[:, :, None] + evidence, -1) - np.logaddexp.reduce(z[:, :, None], -1)).sum(-1)
+    w = np.exp(log_weight - log_weight.max(0))
+    w /= w.sum(0)
+    truth = np.einsum("mn,mnl->nl", w, np.broadcast_to(z, (len(z), 30, LABELS)))
+    sd = np.sqrt(np.einsum("mn,mnl->nl", w, np.broadcast_to(z, (len(z), 30, LABELS)) ** 2) - truth**2)
+    assert np.abs((mean - truth) / sd).max() < 0.08
+    assert np.abs(np.sqrt(variance) / sd - 1).max() < 0.06
