@@ -70,7 +70,7 @@ class Moments:
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
             data = labelled(component, self.guide.graph) if self.reduced.dtype == torch.float32 else None
             if data is not None:
-                found_labels = LabelledCore(local, data, self.reduced.evidence(data, values), "moments").moments()
+                found_labels = LabelledCore(local, data, "moments").moments()
                 for block in component.blocks:
                     for latent in block.latents:
                         self._accumulate(latent, particles, *(local.split(block, latent, t) for t in found_labels[block.name]))

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pavi_scale.errors import PlanRefused
 from pavi_scale.guide.blocks import Component, dense_rest, dense_units
 from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.labels import labelled
 from pavi_scale.memory import format_bytes
 from pavi_scale.model.density import Graph
 from pavi_scale.plates import Layout
 
 PROCESS_BYTES = 520 << 20  # a Python process with torch, zarr and xarray loaded: measured resident set, rounded up
 TEMPORARIES = 24  # arrays of the size of one chunk's values that a second-order expansion holds at its peak; measured by tests/test_memory.py
+LABELLED_VALUES, LABELLED_LABELS = 2, 5  # the same where units are settled by sweeps: arrays of an observation's values, and of its labels
+SWEPT_CHUNK = 1 << 22  # units x particles of one chunk there
 SITE_ARRAYS = 40  # sites, centres, widths; score and curvature from each of up to 16 tasks of a round
 ROOT_PASSES = 12  # full-data rounds of the finish, typically
 
@@ -80,9 +83,20 @@ class Plan:
 
 def unit_bytes(graph: Graph, components: Sequence[Component], itemsize: int) -> int:
     """Working memory of one ground unit and particle."""
+    if swept(graph, components):
+        labels = max(graph.links[name].size for name in graph.labelled.values())
+        return itemsize * max(LABELLED_VALUES * math.prod(graph.shape(graph.model.variables[x])) + LABELLED_LABELS * labels for x in graph.labelled)
     width = max((math.prod(graph.shape(v)) for v in graph.model.of_kind("latent", "observed")), default=1)
     columns = max((sum(b.dim if not c.elementwise else len(b.sizes) for b in c.blocks) for c in components), default=1)
     return itemsize * TEMPORARIES * (width + min(columns, 64) * 4)
+
+
+def swept(graph: Graph, components: Sequence[Component]) -> bool:
+    """Whether all data belong to labelled components with rows above them: units are then settled by sweeps, which keep little of each."""
+    return bool(graph.labelled) and any(b.free for c in components for b in c.blocks) and all(
+        f.variable in graph.labelled and labelled(c, graph) == f.variable
+        for c in components for f in c.factors if graph.model.variables[f.variable].kind == "observed"
+    )  # fmt: skip
 
 
 def room_for(budget: int, layout: Layout) -> int:

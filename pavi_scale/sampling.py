@@ -196,4 +196,6 @@ def shard_length(study: StudyComputation, particles: int = 1) -> int:
     chunk = study.cohort.chunk(split)
     if chunk and length > chunk:
         length -= length % chunk
+    elif chunk:
+        length = -(-chunk // -(-chunk // length))  # the shards of one row of chunks are alike
     return min(length, layout.cardinality[split])

@@ -82,11 +82,10 @@ def lower_bound(
         if not guide.counted(reduced, component.blocks[-1].plates, split, first):
             continue
         if (data := _labels_of(guide, component, reduced, values)) is not None:
-            evidence = reduced.evidence(data, values)
-            labels = LabelledCore(LocalModel(component, reduced, still, {}, particles), data, evidence, "shares" if evidence.requires_grad else "")
+            moving = any(p in values and values[p].theta.requires_grad for p in guide.graph.model.variables[data].parents)
+            labels = LabelledCore(LocalModel(component, reduced, still, {}, particles), data, "shares" if moving else "")
             total = total + labels.log_marginal(reduced.weights(component.blocks[0].plates).flatten()).to(reduced.dtype)
-            if evidence.requires_grad:
-                surrogate = surrogate + (labels.shares() * evidence).flatten(1).sum(1)
+            surrogate = surrogate + labels.expected(values) if moving else surrogate
             continue
         core = fit_core(LocalModel(component, reduced, values if component.quadratic else still, {}, particles), differentiable=component.quadratic)
         term = core.log_marginal(weights(core))

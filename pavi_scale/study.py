@@ -19,7 +19,7 @@ from pavi_scale.guide.guide import Guide, probe
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
-from pavi_scale.planning import Plan, make_plan, room_for, unit_bytes
+from pavi_scale.planning import SWEPT_CHUNK, Plan, make_plan, room_for, swept, unit_bytes
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.settings import Settings, make_graph, precision
 
@@ -128,8 +128,9 @@ def prepare(
     whole = any(not c.tree for c in guide.components)
     values = sum(math.prod(cardinality[p] for p in v.plates) * math.prod(graph.shape(v)) for v in graph.model.of_kind("observed", "covariate"))
     itemsize = 4 if free else 8
+    chunk = SWEPT_CHUNK if swept(graph, guide.components) else 1 << 18
     plan = make_plan(
-        guide, cohort.layout, values * itemsize, budget, processes=processes, lanes=lanes, itemsize=itemsize, chunk=1 << 18, needs_whole=whole or split is None
+        guide, cohort.layout, values * itemsize, budget, processes=processes, lanes=lanes, itemsize=itemsize, chunk=chunk, needs_whole=whole or split is None
     )
     for c in guide.components:
         if not c.tree and dense_rest(c, cardinality)[1] > 4 * DENSE_LIMIT:

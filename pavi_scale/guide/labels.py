@@ -13,8 +13,9 @@ leaves in double.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Pair, factorise
 from pavi_scale.guide.sweeps import LANES, sweep
 from pavi_scale.model.density import Graph
+from pavi_scale.reduced import Value
 
+SLAB = 1 << 20  # values of the data, times particles, looked at together
 SWEEPS = 20
 FIRST_STEPS, STEPS = 3, 2  # Newton steps of each leaf in the first sweep, and in the others
 NEAR, MIXED = 0.5, 3.0  # longest step, in units of the most, that is mixed with the one before; share of that one at most
@@ -76,12 +79,11 @@ class LabelledCore:
     Args:
         local: The component given root and earlier components; its data whole below the selected parents.
         data: The observed mixture (`labelled`).
-        evidence: `Reduced.evidence` of it, `[K, *plates, L]`.
         wanted: "shares", "moments", or "" for neither.
     """
 
-    def __init__(self, local: LocalModel, data: str, evidence: Tensor, wanted: str = "") -> None:
-        self.local, self.particles, self.wanted = local, local.particles, wanted
+    def __init__(self, local: LocalModel, data: str, wanted: str = "") -> None:
+        self.local, self.data, self.particles, self.wanted = local, data, local.particles, wanted
         *tops, self.leaf = local.component.blocks
         self.parent = tops[0] if tops else None
         self.plates = local.reduced.graph.model.variables[data].plates
@@ -95,22 +97,38 @@ class LabelledCore:
         if self.parent is not None:
             known = local.reduced.starts.get(self.parent.name)  # where an earlier round ended
             start = (local.start()[self.parent.name][0, :, 0] if known is None else known).to(torch.float64).numpy()
-        self.evidence: list[np.ndarray] = []
-        self._share: list[np.ndarray] = []
-        self._mean: list[np.ndarray] = []
-        self._variance: list[np.ndarray] = []
+        leaves, observations, labels, n = self.shape
+        moments, shares = int(wanted == "moments"), int(wanted == "shares")
+        self._share = np.empty((self.particles, leaves * shares, observations, labels, n), np.float32)
+        self._mean, self._variance = (np.empty((self.particles, leaves * moments, labels, n), np.float32) for _ in range(2))
         self.top: list[np.ndarray] = []
         self.factor: list[np.ndarray] = []
         self.value: list[np.ndarray] = []
-        order = [self.plates.index(p) for p in (*inner, *below)] + [len(self.plates)] + [self.plates.index(p) for p in outer]
         self.priors = self._priors()
+        self.evidence = np.empty((self.particles, *self.shape), np.float32)
+        own = self.by_plates(self.evidence)
+        for rows in self.slabs():
+            own[:, rows] = local.reduced.evidence(data, local.given, rows).detach().numpy()
         for k in range(self.particles):
-            own = evidence[min(k, len(evidence) - 1)].detach().to(torch.float32).expand(*sizes(self.plates), self.leaf.dim)
-            self.evidence.append(own.permute(order).reshape(self.shape).contiguous().numpy())
             self._settle(k, start)
             start = self.top[-1].T  # neighbouring root points have neighbouring answers
         if self.parent is not None:
             local.reduced.starts[self.parent.name] = torch.from_numpy(self.top[0].T.copy())
+
+    def by_plates(self, x: np.ndarray) -> np.ndarray:
+        """A view of `[K, S, T, L, n]` as `[K, *plates, L]`."""
+        inner, below, outer = self.layout
+        sizes, axes = self.local.reduced.sizes, (*inner, *below, "", *outer)
+        whole = x.reshape(len(x), *sizes(inner), *sizes(below), self.leaf.dim, *sizes(outer))
+        return whole.transpose(0, *(1 + axes.index(p) for p in self.plates), 1 + axes.index(""))
+
+    def slabs(self) -> list[slice]:
+        """Units of the data's first plate, some at a time: what is computed of a slab stays in the processor's cache."""
+        first, *rest = self.local.reduced.sizes(self.plates)
+        v = self.local.reduced.graph.model.variables[self.data]
+        values = self.particles * math.prod(rest) * math.prod(self.local.reduced.graph.shape(v))
+        step = max(1, SLAB // max(1, values))
+        return [slice(a, min(a + step, first)) for a in range(0, first, step)]
 
     def _priors(self) -> list[Prior]:
         """The priors' quadratics, from one unit."""
@@ -171,26 +189,21 @@ class LabelledCore:
 
     def _finish(self, k: int, z: np.ndarray, top: np.ndarray, factor: np.ndarray) -> None:
         """One more sweep, for the value and what is wanted of the leaves; the parents' spread counts."""
-        leaves, observations, labels, n = self.shape
+        leaves, _, labels, n = self.shape
         prior, value, gain = self.priors[k], np.zeros(n), NOTHING
         offset = np.repeat(prior.c[:, None], n, 1) - prior.q @ top
         if self.parent is not None:
             spread = np.linalg.inv(factor).transpose(0, 2, 1)  # M M^T = H^-1
             gain = np.ascontiguousarray(np.einsum("le,nef->lfn", -prior.q, spread, optimize=True), dtype=np.float32)
-        mean, variance = (np.empty((leaves, labels, n), np.float32) if self.wanted == "moments" else NOTHING for _ in range(2))
-        share = np.empty((leaves, observations, labels, n), np.float32) if self.wanted == "shares" else NOTHING[None]
         sweep(
             self.evidence[k], z, np.arange(0, n, LANES), offset.astype(np.float32), prior.p.astype(np.float32), 1, gain,
-            np.zeros((labels, n)), np.zeros((labels, labels, n)), value, mean, variance, share,
+            np.zeros((labels, n)), np.zeros((labels, labels, n)), value, self._mean[k], self._variance[k], self._share[k],
         )
         value = value + leaves * (prior.v + 0.5 * labels * math.log(2 * math.pi) + prior.d @ top - 0.5 * (top * (prior.r @ top)).sum(0))
         value = value + prior.v0 + prior.d0 @ top - 0.5 * (top * (prior.r0 @ top)).sum(0) + 0.5 * len(top) * math.log(2 * math.pi)
         self.value.append(value - np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1))
         self.top.append(top)
         self.factor.append(factor)
-        self._share.append(share)
-        self._mean.append(mean)
-        self._variance.append(variance)
 
     def _sweep(self, b: np.ndarray, z: np.ndarray, todo: np.ndarray, offset: np.ndarray, prior: Prior, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Settle the leaves; sums over them of means `[L, n]` and covariances `[n, L, L]`."""
@@ -204,13 +217,24 @@ class LabelledCore:
         """Laplace value of log p(data | root), `[K]`; weights of the parents' units `[n]`."""
         return torch.from_numpy(np.stack(self.value) @ weights.to(torch.float64).numpy())
 
-    def shares(self) -> Tensor:
+    def shares(self) -> np.ndarray:
         """Posterior probabilities of each observation's labels, `[K, *plates, L]`."""
-        inner, below, outer = self.layout
-        sizes = self.local.reduced.sizes
-        axes = (*inner, *below, "", *outer)
-        whole = torch.from_numpy(np.stack(self._share)).reshape(self.particles, *sizes(inner), *sizes(below), self.leaf.dim, *sizes(outer))
-        return whole.permute(0, *(1 + axes.index(p) for p in self.plates), 1 + axes.index(""))
+        return self.by_plates(self._share)
+
+    def expected(self, values: Mapping[str, Value]) -> Tensor:
+        """Zeros `[K]` whose gradient is that of the log marginal: the evidence of each label, averaged over the labels' posterior (Fisher's identity).
+
+        Args:
+            values: What the core was given, differentiable.
+        """
+        parents = [p for p in self.local.reduced.graph.model.variables[self.data].parents if p in values and values[p].theta.requires_grad]
+        shares = self.shares()
+
+        def of(rows: slice, tensors: Sequence[Tensor]) -> Tensor:
+            given = {**self.local.given, **{p: Value(t, values[p].plates) for p, t in zip(parents, tensors, strict=True)}}
+            return (torch.from_numpy(shares[:, rows]) * self.local.reduced.evidence(self.data, given, rows)).flatten(1).sum(1)
+
+        return _Slabs.apply(of, self.slabs(), self.particles, *(values[p].theta for p in parents))  # type: ignore[no-any-return,no-untyped-call]
 
     def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Block -> mean and variance of its coordinates given the root, `[K, n, 1, e]`."""
@@ -219,8 +243,8 @@ class LabelledCore:
         labels = self.shape[2]
         axes = (*inner, "", *outer)
 
-        def units_first(parts: list[np.ndarray]) -> Tensor:
-            whole = torch.from_numpy(np.stack(parts)).reshape(self.particles, *sizes(inner), labels, *sizes(outer))
+        def units_first(parts: np.ndarray) -> Tensor:
+            whole = torch.from_numpy(parts).reshape(self.particles, *sizes(inner), labels, *sizes(outer))
             return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(self.particles, -1, 1, labels)
 
         out = {self.leaf.name: (units_first(self._mean), units_first(self._variance))}
@@ -229,6 +253,29 @@ class LabelledCore:
             top = torch.from_numpy(np.stack(self.top)).transpose(1, 2)[:, :, None]
             out[self.parent.name] = top, torch.from_numpy(np.stack([(s**2).sum(1) for s in spread]))[:, :, None]
         return out
+
+
+class _Slabs(torch.autograd.Function):
+    """A sum over slabs of which only the gradient is asked for: each is computed in the backward pass and let go."""
+
+    @staticmethod
+    def forward(ctx: Any, of: Callable[[slice, Sequence[Tensor]], Tensor], slabs: list[slice], particles: int, *tensors: Tensor) -> Tensor:
+        """Zeros `[K]`."""
+        ctx.of, ctx.slabs = of, slabs
+        ctx.save_for_backward(*tensors)
+        return torch.zeros(particles, dtype=tensors[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Sum of the slabs' gradients."""
+        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        total = [torch.zeros_like(t) for t in tensors]
+        with torch.enable_grad():
+            for rows in ctx.slabs:
+                found = torch.autograd.grad((ctx.of(rows, tensors) * grads[0]).sum(), tensors, allow_unused=True, materialize_grads=True)
+                for t, g in zip(total, found, strict=True):
+                    t += g
+        return None, None, None, *total
 
 
 class Mixing:

@@ -54,8 +54,10 @@ def _exp(x: Any) -> Any:
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
-def _look(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, share: Any, top: Any, total: Any, g: Any, h: Any) -> None:
-    """Gradient and curvature of the leaves `s` of the parents from `at` at z; label probabilities into `share` (prior's last)."""
+def _look(
+    b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, share: Any, top: Any, total: Any, g: Any, h: Any, level: Any, valued: Any
+) -> None:
+    """Gradient and curvature of the leaves `s` of the parents from `at` at z; label probabilities into `share` (prior's last), sum_t of f to `level`."""
     observations, labels = b.shape[1], b.shape[2]
     for i in range(labels):
         for u in range(LANES):
@@ -64,6 +66,8 @@ def _look(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: A
             q = precision[i, k]
             for u in range(LANES):
                 g[i, u] -= q * z[k, u]
+    for u in range(LANES):
+        level[u] = np.float32(0.0)
     for t in range(observations, -1, -1):  # the prior's labels first: they set h
         sign = np.float32(observations) if t == observations else -ONE
         for u in range(LANES):
@@ -81,6 +85,9 @@ def _look(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: A
             for u in range(LANES):
                 share[t, i, u] = _exp(share[t, i, u] - top[u])
                 total[u] += share[t, i, u]
+        if valued:
+            for u in range(LANES):
+                level[u] -= sign * (top[u] + np.log(total[u]))
         for u in range(LANES):
             total[u] = ONE / total[u]
         for i in range(labels):
@@ -201,24 +208,21 @@ def _average(c: Any, share: Any, work: Any, one: Any, two: Any) -> None:
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
-def _value(b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, value: Any) -> None:
-    """Adds f(z) - log det L of the leaves to `value`; h the factor."""
-    observations, labels = b.shape[1], b.shape[2]
+def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, level: Any, one: Any, value: Any) -> None:
+    """Adds f(z) - log det L of the leaves to `value`; h the factor, `level` the observations' part of f."""
+    labels = len(precision)
+    for u in range(LANES):
+        one[u] = ONE
+    for i in range(labels):
+        for u in range(LANES):
+            one[u] *= h[i, i, u]
+            level[u] += z[i, u] * offset[i, u]
+        for k in range(labels):
+            q = HALF * precision[i, k]
+            for u in range(LANES):
+                level[u] -= q * z[i, u] * z[k, u]
     for u in range(width):
-        found = 0.0
-        for i in range(labels):
-            pull = offset[i, u]
-            for k in range(labels):
-                pull -= HALF * precision[i, k] * z[k, u]
-            found += z[i, u] * pull + np.log(h[i, i, u])
-        for t in range(observations + 1):
-            most, total = np.float32(-1e30), np.float32(0.0)
-            for i in range(labels):
-                most = max(most, z[i, u] + (b[s, t, i, at + u] if t < observations else np.float32(0.0)))
-            for i in range(labels):
-                total += _exp(z[i, u] + (b[s, t, i, at + u] if t < observations else np.float32(0.0)) - most)
-            found += (most + np.log(total)) * (-float(observations) if t == observations else 1.0)
-        value[at + u] += found
+        value[at + u] += level[u] + np.log(one[u])
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
@@ -226,7 +230,7 @@ def _spread(c: Any, gain: Any, at: Any, width: Any, v: Any, h: Any) -> None:
     """h <- C + V V^T with V = C gain: the leaf's covariance with what its parent's spread adds."""
     labels = len(c)
     for i in range(labels):
-        for k in range(labels):
+        for k in range(i + 1):
             for u in range(LANES):
                 h[i, k, u] = c[i, k, u]
     for e in range(gain.shape[1]):
@@ -237,9 +241,13 @@ def _spread(c: Any, gain: Any, at: Any, width: Any, v: Any, h: Any) -> None:
                 for u in range(width):
                     v[i, u] += c[i, k, u] * gain[k, e, at + u]
         for i in range(labels):
-            for k in range(labels):
+            for k in range(i + 1):
                 for u in range(LANES):
                     h[i, k, u] += v[i, u] * v[k, u]
+    for i in range(labels):
+        for k in range(i):
+            for u in range(LANES):
+                h[k, i, u] = h[i, k, u]
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
@@ -308,7 +316,7 @@ def sweep(
     share = np.empty((observations + 1, labels, LANES), np.float32)
     here, g, work = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
     own, shift = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
-    one, two = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    one, two, level = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for at in todo:
         width = min(LANES, parents - at)
         for i in range(labels):
@@ -318,9 +326,12 @@ def sweep(
             for i in range(labels):
                 for u in range(LANES):
                     here[i, u] = z[s, i, at + u] if u < width else np.float32(0.0)
-            for _ in range(steps):
-                _look(b, s, at, width, here, own, precision, share, one, two, g, h)
+            for step in range(steps):
+                valued = value.size > 0 and step == steps - 1
+                _look(b, s, at, width, here, own, precision, share, one, two, g, h, level, valued)
                 _factorise(h, precision)
+                if valued:  # before the step, which leaves it where it is at the mode
+                    _value(at, width, here, own, precision, h, level, one, value)
                 _solve(h, g)
                 for i in range(labels):
                     for u in range(LANES):
@@ -329,8 +340,6 @@ def sweep(
             for i in range(labels):
                 for u in range(width):
                     z[s, i, at + u] = here[i, u]
-            if value.size:
-                _value(b, s, at, width, here, own, precision, h, value)
             _invert(h, c)
             for i in range(labels):
                 for k in range(i + 1):

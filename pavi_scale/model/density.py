@@ -33,6 +33,10 @@ class Aligned:
     axes: tuple[str, ...]
     particles: bool
 
+    def rows(self, rows: slice) -> Aligned:
+        """Some units of the first axis; a view."""
+        return Aligned(self.value[:, rows] if self.particles else self.value[rows], self.axes, self.particles)
+
 
 def support_of(law: Distribution, where: str) -> Constraint:
     """Support of a law.
