@@ -23,7 +23,7 @@ from pavi_scale.marginal import refit, whitening
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
-from pavi_scale.sites import REFITTED, Centre, Residual, Sites, Upper, residual, updated
+from pavi_scale.sites import REFITTED, Centre, Residual, Sites, Upper, refreshed, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
 
@@ -34,8 +34,10 @@ LOOK = 3  # rounds over the smallest selection from each start
 SEARCH = 12  # and then at most from the best one
 NEAR = 0.5  # sds of the last step at which a larger selection is taken
 PASSES = 8  # over the whole cohort at most
-CALM = 0.1  # sds that an update moves coordinates at most (root mean square) when the passes end
+CALM = 0.1  # sds that an update moves the rows' coordinates at most (root mean square) when the passes end
 WORST = 0.5  # the same of all but one in a thousand
+ROOT_ERROR = 0.02  # of the root's last step, that its curvature is taken to be off by
+REFRESH = 500_000
 APART = 4  # root coordinates up to which each is probed by itself
 TASKS = 16  # parts of a round, whoever computes them
 LEAST_PIECES = 4  # of a round
@@ -91,19 +93,29 @@ class Rows:
         else:
             sites, root, step = Sites.of(resumed[0]), np.array(resumed[0]["root/loc"]), resumed[1]
             self.starts = {k: np.array(v) for k, v in resumed[0].items() if k.startswith("start/")}
-        settled, left = False, Residual(math.inf, math.inf)
+        settled, left = False, Residual(math.inf, math.inf, math.inf)
         last = len(self.sizes) - 1
         while not settled and step < last + PASSES and time.monotonic() < self.trainer.deadline:
             centre = self.upper.solve(sites, root)
-            scores = self.round(self.sizes[min(step, last)], centre, step)
+            # What more units will leave of the widths is known beforehand; scales of noise would follow widths a pass late.
+            spread = math.sqrt(self.sizes[min(step, last) - 1] / self.sizes[min(step, last)]) if 0 < step <= last else 1.0
+            scores = self.round(self.sizes[min(step, last)], centre, step, spread)
             left = residual(sites, centre, scores)
             sites, root = updated(sites, centre, scores, self.upper.scale), centre.root
             self.tell("sites" if step < last else "pass", centre, sites, scores, left)
+            if 0 < step <= last and len(self.upper.told):
+                sites, root = self.refresh(sites, root, step)
             step += 1
-            settled = step > last and left.typical < CALM and left.worst < WORST
+            settled = step > last + 1 and left.typical < CALM and left.worst < WORST and ROOT_ERROR * left.root < CALM
             self.save(on_checkpoint, sites, root, step)
         centre = self.upper.solve(sites, root)
         return self.fitted(sites, centre, settled, self.lost(sites, centre))
+
+    def refresh(self, sites: Sites, root: np.ndarray, step: int) -> tuple[Sites, np.ndarray]:
+        """The root's site once the rows have moved: as their fit improves, less is left as noise, which a pass at the old rows does not know."""
+        centre = self.upper.solve(sites, root)
+        scores = self.round(self.sizes[step - 1], centre, REFRESH + step)
+        return refreshed(sites, centre, scores, self.upper.scale, self.sizes[step] / self.sizes[step - 1]), centre.root
 
     def search(self) -> tuple[Sites, np.ndarray]:
         """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima)."""
@@ -136,7 +148,7 @@ class Rows:
             value = float(np.nan_to_num(self.tell("start", centre, sites, scores, left), nan=-math.inf))
             sites = updated(sites, centre, scores, self.upper.scale)
             centre = self.upper.solve(sites, centre.root)
-            if left.typical < NEAR:
+            if max(left.typical, left.root) < NEAR:
                 break
         return sites, centre.root, value
 

@@ -13,7 +13,7 @@ linear-Gaussian laws) and the root's marginal is searched for its mode and curva
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -328,10 +328,17 @@ class Upper:
 
 @dataclass(frozen=True)
 class Residual:
-    """How far the sites were from what the data say at the centre, in posterior sds: root mean square, and all but one in a thousand."""
+    """How far the sites were from what the data say at the centre, in posterior sds.
+
+    Args:
+        typical: Root mean square over the rows' coordinates.
+        worst: What all but one in a thousand of them are below.
+        root: Largest of the root's coordinates.
+    """
 
     typical: float
     worst: float
+    root: float
 
 
 def residual(sites: Sites, centre: Centre, scores: Scores) -> Residual:
@@ -340,7 +347,7 @@ def residual(sites: Sites, centre: Centre, scores: Scores) -> Residual:
     held = sites.pull - sites.root_precision @ (centre.root - sites.root)
     root = np.abs(scores.root - held) * centre.root_sd
     rows = np.concatenate([a.ravel() for a in away])
-    return Residual(float(max(np.sqrt(np.mean(rows**2)), root.max(initial=0.0))), float(max(np.quantile(rows, 0.999), root.max(initial=0.0))))
+    return Residual(float(np.sqrt(np.mean(rows**2))), float(np.quantile(rows, 0.999)), float(root.max(initial=0.0)))
 
 
 def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> Sites:
@@ -359,6 +366,12 @@ def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> 
         k = np.maximum(k, np.minimum(far**2, far / centre.sd[b]))
         loc[b], found[b] = centre.loc[b] + pull / k, k
     return Sites(loc, found, *_root_site(sites, centre, scores, scale))
+
+
+def refreshed(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray, stands_for: float) -> Sites:
+    """The sites with the root's alone brought up to date, from scores of a part of the units."""
+    whole = replace(scores, root=stands_for * scores.root, root_curvature=stands_for * scores.root_curvature)
+    return Sites(sites.loc, sites.precision, *_root_site(sites, centre, whole, scale))
 
 
 def _root_site(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

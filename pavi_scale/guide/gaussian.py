@@ -37,10 +37,11 @@ def factorise(precision: Tensor) -> Tensor:
     bad = (info > 0) | ~torch.isfinite(factor).all(-1).all(-1)
     if bool(bad.any()):
         with torch.no_grad():
-            values, vectors = torch.linalg.eigh(torch.nan_to_num(precision))
+            values, vectors = torch.linalg.eigh(torch.nan_to_num(precision[bad]))
             size = values.abs()
             lifted = torch.maximum(size, 0.1 * size.amax(-1, keepdim=True)).clamp_min(_floor(precision))
-            safe = (vectors * lifted[..., None, :]) @ vectors.mT
+            safe = precision.detach().clone()
+            safe[bad] = (vectors * lifted[..., None, :]) @ vectors.mT
         factor = torch.linalg.cholesky_ex(torch.where(bad[..., None, None], safe, precision))[0]
     return factor
 
