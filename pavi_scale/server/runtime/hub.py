@@ -20,6 +20,7 @@ from distributed.comm import Comm, get_address_host, listen, unparse_host_port
 from distributed.comm.addressing import parse_address
 
 from pavi_scale.errors import PaviError, WorkerError
+from pavi_scale.server.meter import Meter
 from pavi_scale.server.protocol import (
     Assign,
     CompleteRound,
@@ -82,10 +83,12 @@ class Hub:
         heartbeat: Seconds between a worker's heartbeats.
         timeout: Seconds of silence after which a worker is dead.
         startup: Seconds that a round waits for the very first worker.
+        patience: Seconds that a round waits with no worker left.
     """
 
-    def __init__(self, client: Client, spec: object, heartbeat: float, timeout: float, startup: float) -> None:
-        self.machine = ServerState(timeout=timeout, startup=startup)
+    def __init__(self, client: Client, spec: object, heartbeat: float, timeout: float, startup: float, patience: float) -> None:
+        self.machine = ServerState(timeout=timeout, startup=startup, patience=patience)
+        self.meter = Meter()
         self.address = ""
         self.ignored: Counter[str] = Counter()
         self._client, self._spec = client, pack_object(spec, cloudpickle.dumps)
@@ -234,7 +237,10 @@ class Hub:
             self._handle(TaskDone(*place, result=unpack(push["result"])))
 
     def _handle(self, event: Event) -> None:
-        for instruction in self.machine.handle(event, time.monotonic()):
+        now = time.monotonic()
+        out = self.machine.handle(event, now)
+        self.meter.observe(event, out, now)
+        for instruction in out:
             self._execute(instruction)
 
     def _execute(self, instruction: Instruction) -> None:
