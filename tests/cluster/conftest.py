@@ -30,8 +30,8 @@ def call(folder, *arguments, timeout=300, **more):
 
 def spawn(folder, *arguments, **more):
     """The command, in a process of its own; what it says goes to a file beside the run."""
-    out = (folder / "driver.log").open("ab")
-    return subprocess.Popen(command(*arguments), cwd=folder, env=ENVIRONMENT, stdout=out, stderr=out, start_new_session=True, **more)
+    with (folder / "driver.log").open("ab") as out:
+        return subprocess.Popen(command(*arguments), cwd=folder, env=ENVIRONMENT, stdout=out, stderr=out, start_new_session=True, **more)
 
 
 def write_study(folder, name, cohort, run, cluster=None, **fit):
