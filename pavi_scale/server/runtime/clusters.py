@@ -133,10 +133,11 @@ def _ssh_cluster(options: clusters.SSHCluster) -> SpecCluster:
         raise FileNotFoundError(f"there is no command {options.command[0]!r} here")
     credentials = Credentials.make()
     security = credentials.security()
-    hosts = [options.hosts[number % len(options.hosts)] for number in range(options.workers)]
-    spec = {number: {"cls": SSHWorker, "options": {"host": host, "options": options, "credentials": credentials}} for number, host in enumerate(hosts)}
+    # The keys are the workers' own names: by them Dask finds out which one was lost.
+    hosts = {f"pavi-{number}": options.hosts[number % len(options.hosts)] for number in range(options.workers)}
+    spec = {name: {"cls": SSHWorker, "options": {"host": host, "options": options, "credentials": credentials}} for name, host in hosts.items()}
     scheduler = {"cls": Scheduler, "options": scheduler_options(options.interface, security)}
-    return SpecCluster(workers=spec, scheduler=scheduler, security=security, name="pavi-scale")
+    return SpecCluster(workers=spec, scheduler=scheduler, security=security, name="pavi-scale", silence_logs=logging.WARNING)
 
 
 def scheduler_options(interface: str, security: Security) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class SSHWorker(ProcessInterface):  # type: ignore[misc] # Dask is untyped here
 
     def __init__(self, scheduler: str, host: str, options: SSHCluster, credentials: Credentials, name: object = None) -> None:
         super().__init__()
-        self._call = [*options.command, host, worker_command(scheduler, f"{host}-{name}", options)]
+        self._call = [*options.command, host, worker_command(scheduler, str(name), options)]
         self._settings = settings_line(credentials)
         self._process: asyncio.subprocess.Process | None = None
 
