@@ -82,4 +82,5 @@ class Watch:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+            self._logged = -math.inf  # the last figures are told whenever they come
             self._tell()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.rounds = self.tasks = 0
+        self.ignored: Counter[str] = Counter()
         self._workers: dict[str, Share] = {}
         self._lost: dict[tuple[int, int], float] = {}
         self._news: deque[dict[str, Any]] = deque(maxlen=4096)
@@ -65,6 +66,8 @@ class Meter:
                     self.rounds += 1
                     if self.rounds == 1:
                         self._tell("first round done")
+                case Ignore(reason=reason):
+                    self.ignored[reason] += 1
                 case FailRound(error=error):
                     self._tell("round failed", error=str(error))
         if any(isinstance(instruction, CompleteRound | FailRound) for instruction in out):
@@ -110,12 +113,17 @@ class Meter:
         return found
 
     def snapshot(self, now: float) -> dict[str, Any]:
-        """Workers, rounds and tasks so far, both per second since the last snapshot, and the share of its time that each worker has waited for a task."""
+        """Workers, rounds and tasks so far, both per second since the last snapshot, and the share of its time that each worker has waited for a task.
+
+        `ignored` counts messages that had no effect, by reason: repeated, late, from workers that had expired.
+        """
         waiting = {name: round(self._waiting(share, now), 3) for name, share in list(self._workers.items())}
         then, tasks, rounds = self._before
         self._before = (now, self.tasks, self.rounds)
         seconds = max(now - then, 1e-9)
         found: dict[str, Any] = {"workers": len(waiting), "rounds": self.rounds, "tasks": self.tasks}
+        if self.ignored:
+            found["ignored"] = dict(self.ignored)
         if then:
             found |= {"rounds_per_second": round((self.rounds - rounds) / seconds, 2), "tasks_per_second": round((self.tasks - tasks) / seconds, 2)}
         if waiting:

@@ -57,6 +57,10 @@ CONF
 stop() {
     export SLURM_CONF="$dir/slurm.conf"
     timeout 5 scancel -u root 2>/dev/null || true
+    for _ in $(seq 60); do
+        [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break
+        sleep 0.5
+    done
     for pid in slurmd.pid slurmctld.pid munge/pid; do
         if [ -f "$dir/$pid" ]; then kill "$(cat "$dir/$pid")" 2>/dev/null || true; fi
     done

@@ -122,7 +122,7 @@ def test_job_scripts(root, tmp_path, monkeypatch, kind):
     assert Path(given["--tls-key"]).name == "key.pem"
     assert "--no-nanny" in worker
     expected = {
-        "slurm": ["#SBATCH -p day", "#SBATCH -A abc", "#SBATCH --mem=4G", "#SBATCH -t 01:00:00", "#SBATCH --requeue", "#SBATCH -x 1", "#SBATCH --cpus-per-task=1"],
+        "slurm": ["#SBATCH -p day", "#SBATCH -A abc", "#SBATCH --mem=4G", "#SBATCH -t 01:00:00", "#SBATCH --requeue", "#SBATCH -x 1"],
         "pbs": ["#PBS -q day", "#PBS -A abc", "#PBS -l select=1:ncpus=1:mem=4096MB", "#PBS -l walltime=01:00:00", "#PBS -x 1"],
         "lsf": ["#BSUB -q day", '#BSUB -P "abc"', "#BSUB -n 1", "#BSUB -W 01:00", "#BSUB -x 1"],
     }

@@ -34,7 +34,7 @@ def slurm():
             pytest.skip(f"SLURM does not start here: {started.stderr} {logs}")
         yield environment | {"SLURM_CONF": f"{folder}/slurm.conf"}
     finally:
-        subprocess.run([*script, "stop", folder], env=environment, timeout=60, check=False)
+        subprocess.run([*script, "stop", folder], env=environment, timeout=90, check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -45,7 +45,7 @@ def jobs(environment, state="R"):
 
 @pytest.mark.timeout(580)
 def test_gre_survives_a_cancelled_and_a_preempted_job(slurm, tools, tmp_path, monkeypatch):
-    gre.make_cohort(str(tmp_path / "gre.zarr"), groups=400_000, observations=10, features=4)
+    gre.make_cohort(str(tmp_path / "gre.zarr"), groups=1_000_000, observations=2, features=4)
     options = yaml.safe_load((tools.root / "cluster/slurm.yaml").read_text())
     options |= {"workers": 2, "memory": "2 GiB", "interface": "lo", "shared": str(tmp_path / "shared"), "queue": "low", "lost_after": 5, "patience": 240}
     (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(options))

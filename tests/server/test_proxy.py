@@ -218,5 +218,5 @@ def test_answers_equal_the_oracle_s(bench):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_answers_equal_the_oracle_s_in_a_thousand_sequences(bench):
-    run(bench, 1000)
+def test_answers_equal_the_oracle_s_in_a_thousand_sequences(bench, request):
+    run(bench, request.config.getoption("--sequences"))

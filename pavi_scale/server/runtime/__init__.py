@@ -69,7 +69,7 @@ class DaskEngine:
     @property
     def ignored(self) -> dict[str, int]:
         """Messages that had no effect, by reason: repeated, late, from expired workers."""
-        return dict(self._hub.ignored)
+        return dict(self._hub.meter.ignored)
 
     def round(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The answers to `tasks`, in their order; blocks.

@@ -200,9 +200,15 @@ def kept(cluster: Any, workers: int) -> Iterator[None]:
     """While inside, workers that were lost are started again: Dask forgets them after a while, and does nothing until it is asked to scale."""
     stop = threading.Event()
 
+    def renew() -> None:
+        # One that ended before it joined was never known to the scheduler: nobody else would miss it.
+        for name in [name for name, worker in cluster.workers.items() if getattr(worker, "ended", False)]:
+            del cluster.workers[name]
+        cluster.scale(workers)
+
     def keep() -> None:
         while not stop.wait(KEEP_SECONDS):
-            cluster.scale(workers)
+            cluster.loop.add_callback(renew)
 
     thread = threading.Thread(target=keep, name="pavi-keeper", daemon=True)
     thread.start()

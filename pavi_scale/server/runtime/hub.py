@@ -7,7 +7,6 @@ import concurrent.futures
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,6 @@ from pavi_scale.server.protocol import (
     ExpireWorker,
     FailRound,
     Heartbeat,
-    Ignore,
     Instruction,
     Ready,
     RoundCancelled,
@@ -90,7 +88,6 @@ class Hub:
         self.machine = ServerState(timeout=timeout, startup=startup, patience=patience)
         self.meter = Meter()
         self.address = ""
-        self.ignored: Counter[str] = Counter()
         self._client, self._spec = client, pack_object(spec, cloudpickle.dumps)
         self._heartbeat, self._timeout = heartbeat, timeout
         self._key = secrets.token_hex(16)
@@ -255,8 +252,6 @@ class Hub:
                 if worker in self._lifelines:
                     self._lifelines.pop(worker).abort()
                 self._reply(worker, {"op": "rejoin"})
-            case Ignore(reason=reason):
-                self.ignored[reason] += 1
 
     def _assign(self, lease: Assign) -> None:
         order, parked = self._order, self._parked.get(lease.worker)

@@ -51,6 +51,11 @@ class SSHWorker(ProcessInterface):  # type: ignore[misc] # Dask is untyped here
         self._settings = settings_line(credentials)
         self._process: asyncio.subprocess.Process | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was started and is gone."""
+        return self._process is not None and self._process.returncode is not None
+
     async def start(self) -> None:
         """Start it; that it joins is left to Dask."""
         null = asyncio.subprocess.DEVNULL
