@@ -75,7 +75,7 @@ def storm(ground, tools, seed, target):
     """One fit under one kill; seconds from the kill to the next answer (None if the kill came too late), and how often it was resumed."""
     folder, farm, expected = ground
     rng = random.Random(f"{seed} {target}")
-    run = folder / f"run{seed}"
+    run = folder / f"run-{seed}-{target}".replace(" ", "-")
     study = tools.write_study(folder, "gre", folder / "gre.zarr", run, "farm.yaml", progress=False)
     driver, resumed = tools.spawn(folder, "fit", study), 0
     killed = None

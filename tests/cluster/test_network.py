@@ -47,7 +47,8 @@ def hosts(tmp_path_factory):
         (folder / "netns-ssh").write_text('#!/bin/sh\nexec ip netns exec "$1" sh -c "$2"\n')
         (folder / "netns-ssh").chmod(0o755)
         (folder / "ssh.yaml").write_text(
-            f"kind: ssh\nhosts: [pv-a, pv-b]\ncommand: [{folder}/netns-ssh]\ninterface: pv0\npython: {sys.executable}\nworkers: 2\npatience: 300\nlost_after: 5\n"
+            f"kind: ssh\nhosts: [pv-a, pv-b]\ncommand: [{folder}/netns-ssh]\ninterface: pv0\npython: {sys.executable}\n"
+            "workers: 2\npatience: 300\nlost_after: 5\n"
         )
         yield folder / "ssh.yaml"
     finally:

@@ -31,7 +31,7 @@ BORDER = {
     # all it sends: from a trusted driver, never back, and never to a file.
     "pickle": ("server.runtime.wire",), "shelve": (), "marshal": (), "joblib": (),
 }  # fmt: skip
-PUBLIC_MODULES = {"errors", "laws"}  # beside the names in `pavi_scale.__all__`
+PUBLIC_MODULES = {"errors", "laws", "server.runtime", "server.simulation"}  # beside the names in `pavi_scale.__all__`
 MAX_MODULE, MAX_FUNCTION = 400, 70
 
 
