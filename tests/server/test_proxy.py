@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.runtime import DaskEngine
 from pavi_scale.server.runtime.worker import Contact, Link, _work
+from pavi_scale.server.state import ServerState
 
 pytestmark = [
     pytest.mark.cluster,
@@ -213,7 +214,27 @@ def run(bench, sequences):
 
 
 def test_answers_equal_the_oracle_s(bench):
-    run(bench, 60)
+    run(bench, 40)
+
+
+def test_a_server_that_takes_an_answer_twice_is_found_out(bench, monkeypatch):
+    def careless(self, worker, event):
+        if self.round is not None and event.index in self.round.results:
+            return []  # an honest server says that it ignores this
+        return honest(self, worker, event)
+
+    honest = ServerState._finish
+    monkeypatch.setattr(ServerState, "_finish", careless)
+    if not bench.alive():
+        bench.join()
+    try:
+        with pytest.raises(AssertionError):
+            for seed in range(50):
+                bench.proxy.plan.extend(["repeat"] * 10)
+                bench.round([{"seed": seed + i, "units": np.arange(3)} for i in range(3)], 1.0)
+    finally:
+        bench.proxy.plan.clear()
+        bench.asked = bench.engine.meter.tasks
 
 
 @pytest.mark.slow
