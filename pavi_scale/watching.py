@@ -14,7 +14,7 @@ from pavi_scale.run import Run
 from pavi_scale.server.meter import Meter
 
 LOOK_SECONDS = 1.0  # between looks at the workers
-LOG_SECONDS = 5.0  # between lines of progress in the log
+LOG_SECONDS, LOG_SECONDS_ALONE = 5.0, 60.0  # between lines of progress in the log: with a cluster, in process
 
 
 class Watch:
@@ -62,7 +62,7 @@ class Watch:
 
     def _progress(self) -> None:
         now = time.monotonic()
-        if now - self._logged < LOG_SECONDS:
+        if now - self._logged < (LOG_SECONDS_ALONE if self._meter is None else LOG_SECONDS):
             return
         self._logged = now
         stage, value = self._last

@@ -43,6 +43,16 @@ def jobs(environment, state="R"):
     return sorted(map(int, out.stdout.split()))
 
 
+def test_a_refused_job_is_an_error_at_once(slurm, tools, gre_cohort, tmp_path, monkeypatch):
+    (tmp_path / "slurm.yaml").write_text(f"{{kind: slurm, interface: lo, shared: '{tmp_path}/shared', queue: nowhere}}\n")
+    study = tools.write_study(tmp_path, "gre", gre_cohort, tmp_path / "run", "slurm.yaml", progress=False)
+    monkeypatch.setitem(tools.environment, "SLURM_CONF", slurm["SLURM_CONF"])
+    done = tools.call(tmp_path, "fit", study)
+    assert done.returncode == 2, done.stderr
+    assert "invalid partition" in done.stderr
+    assert not list((tmp_path / "shared").glob("pavi-scale-*")), "credentials are left behind"
+
+
 @pytest.mark.timeout(580)
 def test_gre_survives_a_cancelled_and_a_preempted_job(slurm, tools, tmp_path, monkeypatch):
     gre.make_cohort(str(tmp_path / "gre.zarr"), groups=1_000_000, observations=2, features=4)

@@ -223,15 +223,18 @@ def test_a_server_that_takes_an_answer_twice_is_found_out(bench, monkeypatch):
             return []  # an honest server says that it ignores this
         return honest(self, worker, event)
 
+    def repeat_everything():
+        for seed in range(50):
+            bench.proxy.plan.extend(["repeat"] * 10)
+            bench.round([{"seed": seed + i, "units": np.arange(3)} for i in range(3)], 1.0)
+
     honest = ServerState._finish
     monkeypatch.setattr(ServerState, "_finish", careless)
     if not bench.alive():
         bench.join()
     try:
         with pytest.raises(AssertionError):
-            for seed in range(50):
-                bench.proxy.plan.extend(["repeat"] * 10)
-                bench.round([{"seed": seed + i, "units": np.arange(3)} for i in range(3)], 1.0)
+            repeat_everything()
     finally:
         bench.proxy.plan.clear()
         bench.asked = bench.engine.meter.tasks

@@ -81,7 +81,8 @@ class DaskEngine:
 
         Raises:
             PaviError: As raised by the computation on a worker (same type, the package's own).
-            WorkerError: The computation raised anything else, or no worker is left.
+            WorkerError: The computation raised anything else.
+            ClusterLost: No worker is left, or the client was closed.
         """
         if not self._alive() or self._client.status in ("closing", "closed"):
             raise ClusterLost("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")

@@ -111,6 +111,8 @@ class Hub:
         """Open the listener and start a loop on each worker."""
         self._listener = await listen(listen_address(self._client), self._serve, deserialize=False, **self._client.security.get_listen_args("client"))
         self.address = self._listener.contact_address
+        if self.address.startswith("tcp://") and not get_address_host(self.address).startswith(("127.", "::1")):
+            logger.warning("The client speaks plain TCP beyond this machine, and so must %s: anybody on the way can read and change a fit", self.address)
         await self._enlist()
         self._background = [
             asyncio.create_task(self._repeat(self._tick, self._heartbeat / 2)),
