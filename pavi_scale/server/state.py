@@ -40,6 +40,9 @@ from pavi_scale.server.protocol import (
 __all__ = ["Computation", "Engine", "ServerState", "Spec"]
 
 
+SLOW_START = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The right of one worker to answer one task of the present round."""
@@ -107,7 +110,7 @@ class ServerState:
 
     Args:
         timeout: Seconds of silence after which a worker is dead.
-        startup: Seconds that a round waits for the very first worker, or for one that was started but has not joined yet.
+        startup: Seconds that a round waits for the very first worker; five times as long for one that was started but has not joined yet.
         max_losses: Workers that may die over one task before the round fails.
         patience: Seconds that a round waits with no worker left; None for `timeout`.
 
@@ -256,7 +259,9 @@ class ServerState:
             reason = f"silent for {self._now - worker.seen:.1f} s"
             out += [ExpireWorker(worker.name, reason), *self._drop(worker, reason)]
         if self.round is not None and not self.workers:
-            patience = max(self.startup, self.patience) if event.expected or not self._ever_joined else self.patience
+            patience = self.patience if self._ever_joined else max(self.startup, self.patience)
+            if event.expected:  # a process is there and imports its libraries: on a busy node or a slow file system that takes minutes
+                patience = max(patience, SLOW_START * self.startup)
             if self._now - max(self._alone_since, self.round.started) > patience:
                 out += self._fail(self._no_worker(patience))
         return out

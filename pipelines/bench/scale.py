@@ -21,7 +21,7 @@ STUDY_SECONDS = 150.0  # one pass over the cortical study's 416 million latents 
 TASKS = 4096
 STATE_BYTES, ANSWER_BYTES = 2e5, 2e4  # root points and weights; bounds and gradients
 ROUNDS = 4
-SPELL_SECONDS = 180.0  # simulated, under preemption
+SPELL_SECONDS = 90.0  # simulated, under preemption
 
 
 class Echo:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Dask opens an HTTP server in each process, dashboard or not: on the loopback interface and any port, so that nobody else sees it.
 HIDDEN = "127.0.0.1:0"
 KEEP_SECONDS = 5.0  # between looks for lost workers
-JOIN_SECONDS = 60.0  # for workers on this machine
+JOIN_SECONDS = 300.0  # for workers on this machine
 
 
 @contextlib.contextmanager
