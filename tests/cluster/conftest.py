@@ -23,7 +23,7 @@ def command(*arguments, python=sys.executable):
     return [python, "-m", "pavi_scale.cli", *map(str, arguments)]
 
 
-def call(folder, *arguments, timeout=300, **more):
+def call(folder, *arguments, timeout=900, **more):
     """The command, in a process of its own, to its end."""
     return subprocess.run(command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, **more)
 

@@ -65,7 +65,7 @@ def ground(tools, tmp_path_factory):
 
 def moment(run, tools, driver, after):
     """Wait for `after` seconds of work of the run's workers, or its end."""
-    tools.wait_for(lambda: driver.poll() is not None or tools.events(run, "worker joined"), 200, 0.02)
+    tools.wait_for(lambda: driver.poll() is not None or tools.events(run, "worker joined"), 600, 0.02)
     until = time.monotonic() + after
     while time.monotonic() < until and driver.poll() is None:
         time.sleep(0.01)
