@@ -5,13 +5,17 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test chaos bench lint setup clean
 
 demo: setup
 	$(BIN)/python -m pipelines.hcp demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(PYTEST_ARGS)
+
+# Kills, cut networks, a real SLURM where it is installed (apt-get install slurm-wlm munge), thousands of sequences: an hour or two.
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and cluster" --kills 200 -s tests/cluster tests/server $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

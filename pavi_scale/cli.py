@@ -28,7 +28,7 @@ from pavi_scale.posterior.integrity import verify
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.report import report as write_report
 from pavi_scale.run import Run, is_run
-from pavi_scale.server.runtime.clusters import local_cluster
+from pavi_scale.server.runtime.clusters import open_cluster
 from pavi_scale.summary import summary_table
 
 app = typer.Typer(
@@ -82,8 +82,7 @@ def _client(study: Study) -> Iterator[Any]:
     if study.cluster is None:
         yield None
         return
-    cluster = load_cluster(study.cluster)
-    with local_cluster(cluster.workers, cluster.threads) as client:
+    with open_cluster(load_cluster(study.cluster)) as client:
         yield client
 
 
@@ -98,7 +97,7 @@ def _say(rows: Sequence[tuple[str, str]]) -> None:
 def plan(study: File, settings: Settings = None, cluster: Cluster = None) -> None:
     """Show latents, bytes, memory, disk and steps; nothing is computed."""
     found = load_study(study, settings or (), cluster)
-    workers = 0 if found.cluster is None else load_cluster(found.cluster).workers
+    workers = 0 if found.cluster is None else load_cluster(found.cluster).workers or 1
     options = found.fit.arguments()
     made = plan_study(load_model(found.model), found.cohort, **{key: options[key] for key in ("encoding", "memory") if key in options})
     free = _free_bytes(found.run)

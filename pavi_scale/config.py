@@ -8,22 +8,19 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pavi_scale.errors import PaviError, StudyError
 from pavi_scale.model.template import Model
+from pavi_scale.server.clusters import KINDS, Cluster, Strict
 
 _MAX_BYTES = 1 << 20  # a study is a page of text; anything larger is not one
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class FitOptions(_Strict):
+class FitOptions(Strict):
     """Section `fit` of a study: keyword arguments of `fit`.
 
     Args:
@@ -50,7 +47,7 @@ class FitOptions(_Strict):
         return given
 
 
-class Study(_Strict):
+class Study(Strict):
     """A study file.
 
     Args:
@@ -73,20 +70,6 @@ class Study(_Strict):
         if not value.strip():
             raise ValueError("must not be empty")
         return value
-
-
-class LocalCluster(_Strict):
-    """A cluster of processes on this machine.
-
-    Args:
-        kind: "local".
-        workers: Worker processes.
-        threads: Threads of each.
-    """
-
-    kind: Literal["local"]
-    workers: int = Field(default=2, ge=1, le=1024)
-    threads: int = Field(default=1, ge=1, le=1024)
 
 
 def _plates(key: str) -> str | tuple[str, ...]:
@@ -183,7 +166,7 @@ def override(document: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 
-_Checked = TypeVar("_Checked", bound=_Strict)
+_Checked = TypeVar("_Checked", bound=Strict)
 
 
 def _check(schema: type[_Checked], document: Mapping[str, Any], what: str, where: str) -> _Checked:
@@ -202,7 +185,7 @@ def _fault(schema: type[BaseModel], fault: Any, what: str, where: str, others: i
     if len(path) > 1 and path[0] == "fit":
         known = list(FitOptions.model_fields)
     more = f" (and {others} more)" if others else ""
-    at = f"{where}, key {'.'.join(path[:2])!r}"
+    at = f"{where}, key {'.'.join(path[:2])!r}" if path else where
     if fault["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], known, n=3, cutoff=0.5)
         remedy = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else "remove it"
@@ -217,7 +200,11 @@ _EXAMPLES = {
     "model": "an import path such as pipelines.radon:model",
     "cohort": "path or URL of a Zarr store",
     "run": "path of the run directory",
-    "kind": "'local'",
+    "kind": "one of " + ", ".join(KINDS),
+    "hosts": "a list of machines, such as [node1, node2]",
+    "interface": "a network interface, such as eth0",
+    "shared": "a directory that all nodes see",
+    "address": "a scheduler, such as tls://scheduler:8786",
 }
 
 
@@ -238,13 +225,19 @@ def load_study(path: str | os.PathLike[str], settings: Sequence[str] = (), clust
     return _check(Study, document, "study", f"study file {os.fspath(path)!r}")
 
 
-def load_cluster(path: str | os.PathLike[str]) -> LocalCluster:
-    """The cluster of a file.
+def load_cluster(path: str | os.PathLike[str]) -> Cluster:
+    """The cluster of a file; its key `kind` says which keys there are besides.
 
     Raises:
         StudyError: As for `load_study`.
     """
-    return _check(LocalCluster, read_yaml(path, "cluster"), "cluster", f"cluster file {os.fspath(path)!r}")
+    document, where = read_yaml(path, "cluster"), f"cluster file {os.fspath(path)!r}"
+    kind = document.get("kind")
+    if "kind" in document and (not isinstance(kind, str) or kind not in KINDS):
+        close = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.5)
+        remedy = f"did you mean {close[0]!r}?" if close else "see cluster/README.md"
+        raise StudyError("unknown kind of cluster", where=f"{where}, key 'kind'", expected=f"one of {', '.join(KINDS)}", got=repr(kind), remedy=remedy)
+    return _check(KINDS[kind or "local"], document, "cluster", where)
 
 
 def load_model(path: str) -> Model:

@@ -74,3 +74,9 @@ class NumericalError(PaviError):
 
 class WorkerError(PaviError):
     """A worker failed or was lost and its work could not be placed elsewhere."""
+
+
+class ClusterLost(WorkerError):
+    """No worker is left, or the scheduler is gone; with the cluster back, the run goes on where it stopped."""
+
+    exit_code = 75

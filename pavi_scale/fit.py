@@ -30,6 +30,7 @@ from pavi_scale.server.protocol import Engine
 from pavi_scale.server.runtime import Client, DaskEngine
 from pavi_scale.study import Encoding, Study, prepare
 from pavi_scale.training import Fitted, Trainer
+from pavi_scale.watching import Watch
 from pavi_scale.writing import load_context, write_posterior
 
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
@@ -178,7 +179,7 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec, study.plan.lanes)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
-        with terminable(), Progress(progress) as bar:
+        with terminable(), Progress(progress) as shown, Watch(run, shown, getattr(engine, "meter", None)) as bar:
             state, facts = train(run, study, computation, engine, config, (began, deadline), bar)
             bar.stage("posterior")
             facts |= write_posterior(run, study, computation, engine, state, facts, config)
@@ -205,7 +206,7 @@ def terminable() -> Iterator[None]:
 
 
 def train(
-    run: Run, study: Study, computation: StudyComputation, engine: Engine, config: Mapping[str, Any], span: tuple[float, float], bar: Progress
+    run: Run, study: Study, computation: StudyComputation, engine: Engine, config: Mapping[str, Any], span: tuple[float, float], bar: Watch
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Weights and facts of the trained guide; taken from the run where it has them. `span`: when the call began, and its deadline."""
     resumed = None

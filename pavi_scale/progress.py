@@ -31,6 +31,13 @@ class Progress:
         )
         self._task = self._bar.add_task("start")
         self._stage, self._steps, self._since = "", 0, time.monotonic()
+        self._text, self._note = "", ""
+
+    def note(self, text: str) -> None:
+        """Show something beside the present step: what the workers do."""
+        self._note = f"; {text}"
+        self._bar.update(self._task, description=self._text + self._note)
+        self._line(self._text + self._note)
 
     def _line(self, text: str) -> None:
         """Where standard error is not a terminal: one plain line at the start of a stage, and every few seconds."""
@@ -42,7 +49,8 @@ class Progress:
         """Enter a stage."""
         if name != self._stage:
             self._stage, self._steps, self._since = name, 0, time.monotonic()
-            self._bar.update(self._task, description=name)
+            self._text = name
+            self._bar.update(self._task, description=name + self._note)
 
     def update(self, stage: str, value: float, share: float) -> None:
         """Account for one step of a stage."""
@@ -50,8 +58,8 @@ class Progress:
         self._steps += 1
         rate = self._steps / max(time.monotonic() - self._since, 1e-9)
         done = f", {100 * share:.0f} %" if share == share else ""
-        text = f"{stage}: step {self._steps}, ELBO {value:,.3f}, {rate:.1f}/s{done}"
-        self._bar.update(self._task, description=text)
+        text = self._text = f"{stage}: step {self._steps}, ELBO {value:,.3f}, {rate:.1f}/s{done}"
+        self._bar.update(self._task, description=text + self._note)
         if self._steps == 1 or time.monotonic() - self._told > LINE_SECONDS:
             self._line(text)
 

@@ -33,3 +33,8 @@ def shared():
     if not (path / "data").is_dir():
         pytest.skip(f"no real tables at {path}: put them there or name their folder with PAVI_SHARED")
     return path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="kills of the slow chaos test (make chaos: 200)")
+    parser.addoption("--sequences", type=int, default=1000, help="sequences of the slow property test of the proxy")

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from pavi_scale.errors import PaviError, WorkerError
+from pavi_scale.errors import ClusterLost, PaviError, WorkerError
 from pavi_scale.server.protocol import (
     Assign,
     CompleteRound,
@@ -38,6 +38,9 @@ from pavi_scale.server.protocol import (
 )
 
 __all__ = ["Computation", "Engine", "ServerState", "Spec"]
+
+
+SLOW_START = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,10 @@ class ServerState:
     """The machine. Call `handle` with each event, then carry out the instructions that it returns.
 
     Args:
-        timeout: Seconds of silence after which a worker is dead; also how long a round waits with no worker left.
-        startup: Seconds that a round waits for the very first worker, or for one that was started but has not joined yet.
+        timeout: Seconds of silence after which a worker is dead.
+        startup: Seconds that a round waits for the very first worker; five times as long for one that was started but has not joined yet.
         max_losses: Workers that may die over one task before the round fails.
+        patience: Seconds that a round waits with no worker left; None for `timeout`.
 
     Example:
         >>> server = ServerState()
@@ -119,7 +123,8 @@ class ServerState:
         [CompleteRound(round=1, results=('r',))]
     """
 
-    def __init__(self, *, timeout: float = 15.0, startup: float = 60.0, max_losses: int = 5) -> None:
+    def __init__(self, *, timeout: float = 15.0, startup: float = 60.0, max_losses: int = 5, patience: float | None = None) -> None:
+        self.patience = timeout if patience is None else patience
         self.timeout, self.startup, self.max_losses = timeout, startup, max_losses
         self.workers: dict[str, Worker] = {}
         self.round: Round | None = None
@@ -254,7 +259,9 @@ class ServerState:
             reason = f"silent for {self._now - worker.seen:.1f} s"
             out += [ExpireWorker(worker.name, reason), *self._drop(worker, reason)]
         if self.round is not None and not self.workers:
-            patience = self.startup if event.expected or not self._ever_joined else self.timeout
+            patience = self.patience if self._ever_joined else max(self.startup, self.patience)
+            if event.expected:  # a process is there and imports its libraries: on a busy node or a slow file system that takes minutes
+                patience = max(patience, SLOW_START * self.startup)
             if self._now - max(self._alone_since, self.round.started) > patience:
                 out += self._fail(self._no_worker(patience))
         return out
@@ -282,17 +289,17 @@ class ServerState:
         )
         return self._fail(error)
 
-    def _no_worker(self, patience: float) -> WorkerError:
+    def _no_worker(self, patience: float) -> ClusterLost:
         r = self.round
         if r is None:
             raise PaviError("no round is under way", remedy="report this as a defect")
         lost = sorted(r.losses) or r.queued()[:1]
-        return WorkerError(
+        return ClusterLost(
             "no worker is left" if self._ever_joined else "no worker joined",
             where="; ".join(r.story(index) for index in lost[:3]),
             expected=f"a worker within {patience:g} s; {len(r.results)} of {r.size} tasks were answered",
             got="; ".join(self.journal) or "no word from any worker",
-            remedy="check that the cluster has workers, that they can reach the driver's address, and their logs",
+            remedy="check that the cluster has workers, that they can reach the driver's address, and their logs; then resume",
         )
 
     def _reshare(self, returned: list[int]) -> list[Instruction]:

@@ -30,6 +30,7 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "queries": ("pipelines.bench.gaussian:queries", ("store", "memory"), "Lazy queries on that run"),
     "rivals": ("pipelines.bench.rivals:rivals", (), "Seconds to 0.002 nats per latent: Gaussian random effects, N=50, D=8, scales (1, .5, 1)"),
     "flat": ("pipelines.bench.flat:flat", (), "Cost against cardinality: Gaussian random effects out of a store, N=50, D=8, scales (1, .5, 1)"),
+    "scale": ("pipelines.bench.scale:scale", (), "The server at scale: measured costs, simulated cluster"),
 }
 
 LONG = {"coverage"}  # hundreds of fits: measured only when named

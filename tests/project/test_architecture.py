@@ -16,7 +16,7 @@ LEVELS = {
     "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
     "diagnosing": 4, "scores": 4, "sites": 4,
     "posterior": 4, "server.runtime": 4,
-    "study": 5, "training": 5, "rows": 5, "recording": 5, "writing": 5, "fit": 5, "summary": 5, "calibration": 5, "report": 5, "config": 5,
+    "study": 5, "training": 5, "rows": 5, "recording": 5, "writing": 5, "fit": 5, "summary": 5, "calibration": 5, "report": 5, "config": 5, "watching": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 FACADE = "pavi_scale"  # its `__init__` re-exports the public names and is imported by nothing below it
@@ -31,7 +31,7 @@ BORDER = {
     # all it sends: from a trusted driver, never back, and never to a file.
     "pickle": ("server.runtime.wire",), "shelve": (), "marshal": (), "joblib": (),
 }  # fmt: skip
-PUBLIC_MODULES = {"errors", "laws"}  # beside the names in `pavi_scale.__all__`
+PUBLIC_MODULES = {"errors", "laws", "server.runtime", "server.simulation"}  # beside the names in `pavi_scale.__all__`
 MAX_MODULE, MAX_FUNCTION = 400, 70
 
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import dask.config
 import numpy as np
 from distributed import Client
 
-from pavi_scale.errors import InputError, WorkerError
+from pavi_scale.errors import ClusterLost, InputError
 from pavi_scale.server.answer import align_all
+from pavi_scale.server.meter import Meter
 from pavi_scale.server.protocol import Spec
 from pavi_scale.server.runtime.hub import Answers, Hub
 from pavi_scale.server.runtime.wire import pack, pack_object
@@ -30,24 +32,34 @@ class DaskEngine:
         client: A synchronous `distributed.Client`.
         spec: The computation; pickled to each worker once.
         heartbeat: Seconds between a worker's heartbeats.
-        timeout: Seconds of silence after which a worker is dead and its tasks go to others; also how long a round waits with no worker left.
+        timeout: Seconds of silence after which a worker is dead and its tasks go to others.
         startup: Seconds that a round waits for the very first worker.
+        patience: Seconds that a round waits with no worker left; None for `timeout`, or for what the cluster that `pavi-scale` started says.
 
     Raises:
         InputError: The client is asynchronous or closed.
     """
 
-    def __init__(self, client: Client, spec: Spec, *, heartbeat: float = 2.0, timeout: float = 15.0, startup: float = 60.0) -> None:
+    def __init__(
+        self, client: Client, spec: Spec, *, heartbeat: float = 2.0, timeout: float = 12.0, startup: float = 60.0, patience: float | None = None
+    ) -> None:
         if client.asynchronous or client.status != "running":
             raise InputError("the client cannot be used", where="DaskEngine(client=...)", expected="a running, synchronous Client", got=repr(client))
         self._client = client
-        self._hub = Hub(client, spec, heartbeat, timeout, startup)
+        if patience is None:
+            patience = float(dask.config.get("pavi-scale.patience", timeout))
+        self._hub = Hub(client, spec, heartbeat, timeout, startup, patience)
         client.sync(self._hub.start)
 
     @property
     def address(self) -> str:
         """Where the driver listens."""
         return self._hub.address
+
+    @property
+    def meter(self) -> Meter:
+        """What the workers do with their time."""
+        return self._hub.meter
 
     @property
     def parallelism(self) -> int:
@@ -57,7 +69,7 @@ class DaskEngine:
     @property
     def ignored(self) -> dict[str, int]:
         """Messages that had no effect, by reason: repeated, late, from expired workers."""
-        return dict(self._hub.ignored)
+        return dict(self._hub.meter.ignored)
 
     def round(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The answers to `tasks`, in their order; blocks.
@@ -69,10 +81,11 @@ class DaskEngine:
 
         Raises:
             PaviError: As raised by the computation on a worker (same type, the package's own).
-            WorkerError: The computation raised anything else, or no worker is left.
+            WorkerError: The computation raised anything else.
+            ClusterLost: No worker is left, or the client was closed.
         """
         if not self._alive() or self._client.status in ("closing", "closed"):
-            raise WorkerError("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")
+            raise ClusterLost("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")
         answers: concurrent.futures.Future[Answers] = concurrent.futures.Future()
         self._client.loop.add_callback(self._hub.begin, kind, pack(align_all(state)), [pack_object(dict(task)) for task in tasks], answers)
         try:
@@ -81,7 +94,7 @@ class DaskEngine:
                     return answers.result(timeout=5.0)
                 except TimeoutError:
                     if not self._alive():
-                        raise WorkerError("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used") from None
+                        raise ClusterLost("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used") from None
         except KeyboardInterrupt:
             self.close()
             raise

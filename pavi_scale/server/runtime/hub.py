@@ -7,7 +7,6 @@ import concurrent.futures
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from distributed.comm import Comm, get_address_host, listen, unparse_host_port
 from distributed.comm.addressing import parse_address
 
 from pavi_scale.errors import PaviError, WorkerError
+from pavi_scale.server.meter import Meter
 from pavi_scale.server.protocol import (
     Assign,
     CompleteRound,
@@ -27,7 +27,6 @@ from pavi_scale.server.protocol import (
     ExpireWorker,
     FailRound,
     Heartbeat,
-    Ignore,
     Instruction,
     Ready,
     RoundCancelled,
@@ -82,12 +81,13 @@ class Hub:
         heartbeat: Seconds between a worker's heartbeats.
         timeout: Seconds of silence after which a worker is dead.
         startup: Seconds that a round waits for the very first worker.
+        patience: Seconds that a round waits with no worker left.
     """
 
-    def __init__(self, client: Client, spec: object, heartbeat: float, timeout: float, startup: float) -> None:
-        self.machine = ServerState(timeout=timeout, startup=startup)
+    def __init__(self, client: Client, spec: object, heartbeat: float, timeout: float, startup: float, patience: float) -> None:
+        self.machine = ServerState(timeout=timeout, startup=startup, patience=patience)
+        self.meter = Meter()
         self.address = ""
-        self.ignored: Counter[str] = Counter()
         self._client, self._spec = client, pack_object(spec, cloudpickle.dumps)
         self._heartbeat, self._timeout = heartbeat, timeout
         self._key = secrets.token_hex(16)
@@ -111,6 +111,8 @@ class Hub:
         """Open the listener and start a loop on each worker."""
         self._listener = await listen(listen_address(self._client), self._serve, deserialize=False, **self._client.security.get_listen_args("client"))
         self.address = self._listener.contact_address
+        if self.address.startswith("tcp://") and not get_address_host(self.address).startswith(("127.", "::1")):
+            logger.warning("The client speaks plain TCP beyond this machine, and so must %s: anybody on the way can read and change a fit", self.address)
         await self._enlist()
         self._background = [
             asyncio.create_task(self._repeat(self._tick, self._heartbeat / 2)),
@@ -234,7 +236,10 @@ class Hub:
             self._handle(TaskDone(*place, result=unpack(push["result"])))
 
     def _handle(self, event: Event) -> None:
-        for instruction in self.machine.handle(event, time.monotonic()):
+        now = time.monotonic()
+        out = self.machine.handle(event, now)
+        self.meter.observe(event, out, now)
+        for instruction in out:
             self._execute(instruction)
 
     def _execute(self, instruction: Instruction) -> None:
@@ -249,8 +254,6 @@ class Hub:
                 if worker in self._lifelines:
                     self._lifelines.pop(worker).abort()
                 self._reply(worker, {"op": "rejoin"})
-            case Ignore(reason=reason):
-                self.ignored[reason] += 1
 
     def _assign(self, lease: Assign) -> None:
         order, parked = self._order, self._parked.get(lease.worker)
