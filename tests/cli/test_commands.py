@@ -153,7 +153,6 @@ def test_report_shows_coverage_where_the_truth_is_known(folder, run):
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 def test_a_cluster_gives_the_same_numbers(fitted):
     (fitted / "local.yaml").write_text("{kind: local, workers: 2, threads: 1}\n")
     done = command(fitted, "fit", "study.yaml", "--cluster", "local.yaml", "--set", "run=runs/cluster")
@@ -163,7 +162,6 @@ def test_a_cluster_gives_the_same_numbers(fitted):
         np.testing.assert_allclose(one[name].values, two[name].values, rtol=1e-8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_run_that_resumes(tmp_path, helpers, number):
     helpers.fill(tmp_path)

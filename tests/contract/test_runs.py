@@ -240,7 +240,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_resume_after_a_signal(name, tmp_path):
     """Whenever the signal comes, the run is resumed to the undisturbed numbers, or says that it had not begun."""
@@ -273,7 +272,6 @@ print(ps.resume({str(tmp_path / "cut")!r}).status)
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_workers_give_the_same_numbers(tmp_path):
     model, cohort = logistic()

@@ -208,7 +208,6 @@ def test_a_contestant_stopped_at_the_limit_keeps_what_it_printed(tmp_path):
 TINY = rivals.Grid(batches=(16,), rates=(1e-2,), steps=(20,), full_steps=(20,), warmup=20, checkpoints=2, small=20)
 
 
-@pytest.mark.slow
 def test_the_harness_at_tiny_size(tmp_path, shared):
     """We hold the target; rivals that are not installed are named, those that are have curves."""
     work = tmp_path / "work"
@@ -225,7 +224,6 @@ def test_the_harness_at_tiny_size(tmp_path, shared):
     assert all((tmp_path / f"rivals{which}.{kind}").stat().st_size > 1000 for which in ("", "-small") for kind in ("png", "svg"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("who", [rivals.EXPERT, rivals.AUTONORMAL, rivals.MULTIVARIATE, rivals.PYRO, rivals.NUTS])
 def test_every_rival_comes_nearer_with_time(tmp_path, shared, who):
     """Skipped where its library is absent."""
@@ -242,7 +240,6 @@ def test_every_rival_comes_nearer_with_time(tmp_path, shared, who):
     assert curve.points[-1].gap < curve.points[0].gap
 
 
-@pytest.mark.slow
 def test_flat_cost_at_two_sizes(tmp_path):
     found = flat.flat(Job(tmp_path, tmp_path, tmp_path, groups=(30, 60)))
     assert [r["G"] for r in found.rows] == [30, 60]

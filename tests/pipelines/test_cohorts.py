@@ -64,7 +64,6 @@ def test_command_explains_itself(monkeypatch, capsys, name):
     assert f"python -m pipelines.{name}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_study_runs_from_its_command_and_its_file(root, tmp_path):
     def call(*arguments):
         environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -34,7 +34,6 @@ def test_expected_evidence_is_that_of_the_paper():
         assert abs(np.mean(found) - expected) < 4 * np.std(found) / np.sqrt(len(found))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_fit_reaches_the_evidence(tmp_path, ragged):
     model = gre.ragged if ragged else gre.model
