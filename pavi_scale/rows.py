@@ -20,15 +20,15 @@ from pavi_scale.batching import shards
 from pavi_scale.guide.blocks import lies_below
 from pavi_scale.guide.root import StudentT
 from pavi_scale.marginal import refit, whitening
+from pavi_scale.miniature import Ready, first_selection, miniature
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
+from pavi_scale.server.local import LocalEngine
 from pavi_scale.sites import REFITTED, Centre, Residual, Sites, Upper, refreshed, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
 
-FIRST = 16_000  # ground units of the smallest selection
-EACH = 16  # observed values in it for each coordinate of a free row, at least
 GROWTH = 4
 LOOK = 3  # rounds over the smallest selection from each start
 SEARCH = 12  # and then at most from the best one
@@ -73,11 +73,7 @@ class Rows:
         self.starts: dict[str, np.ndarray] = {}  # where coarse blocks below were found, or about where they should be
         self.split = study.settings.split
         self.count = study.layout.cardinality.get(self.split or "", 1)
-        cardinality, laws = study.layout.cardinality, list(study.graph.model.of_kind("observed"))
-        observed = max((math.prod(cardinality[p] for p in v.plates) for v in laws), default=1)
-        values = sum(math.prod(cardinality[p] for p in v.plates) * math.prod(study.graph.shape(v)) for v in laws)
-        rows = sum(math.prod(cardinality[p] for p in b.plates) * b.dim for b in self.upper.blocks)
-        first = math.ceil(max(FIRST / max(observed, 1), EACH * rows / max(values, 1)) * self.count)
+        first = first_selection(study)
         sizes = [] if self.split is None else [min(first, self.count) * GROWTH**i for i in range(40)]
         self.sizes = [s for s in sizes if s <= self.count // GROWTH] + [self.count]
         length = max(1, min(shard_length(study), self.count // CELLS))
@@ -118,18 +114,25 @@ class Rows:
         return refreshed(sites, centre, scores, self.upper.scale, self.sizes[step] / self.sizes[step - 1]), centre.root
 
     def search(self) -> tuple[Sites, np.ndarray]:
-        """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima)."""
+        """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima).
+
+        A large cohort is searched in miniature first, and followed from the root found there.
+        """
         study, seed = self.trainer.study, self.trainer.seed
+        if (small := miniature(study, seed)) is not None:
+            with LocalEngine(Ready(small)) as engine:
+                found_there, root = Rows(replace(self.trainer, study=small, engine=engine)).search()
+            rows = self.upper.initial(root, self.rows_at(root, 0))
+            sites = Sites(rows.loc, rows.precision, found_there.root, found_there.pull, found_there.root_precision)
+            sites, root, _ = self.follow(sites, self.upper.centre(sites, root), LOOK, 1000)
+            return sites, root
         starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
         starts = starts[:CENTRED_STARTS] if len(starts) else self.draws[:PRIOR_STARTS]
         found: list[tuple[Sites, np.ndarray, float, dict[str, np.ndarray]]] = []
         for attempt, point in enumerate(starts):
             if found and time.monotonic() > self.trainer.deadline:
                 break
-            rows = {
-                b.name: study.prior_rows(b, point, math.prod(study.layout.cardinality[p] for p in b.plates), stream(seed, "start", attempt) % 2**31)[:, : b.dim]
-                for b in self.upper.blocks
-            }
+            rows = self.rows_at(point, attempt)
             sites = self.upper.initial(point, rows)
             centre = replace(self.upper.centre(sites, point), loc=rows)
             # A start is a guess to be followed, not a posterior to be averaged over: it is looked at from near by.
@@ -138,6 +141,12 @@ class Rows:
         sites, root, _, self.starts = max(found, key=lambda f: f[2])
         sites, root, _ = self.follow(sites, self.upper.solve(sites, root), SEARCH, 1000 * (1 + len(found)))
         return sites, root
+
+    def rows_at(self, root: np.ndarray, attempt: int) -> dict[str, np.ndarray]:
+        """Rows near their prior means at a root point."""
+        study, seed = self.trainer.study, stream(self.trainer.seed, "start", attempt) % 2**31
+        count = {b.name: math.prod(study.layout.cardinality[p] for p in b.plates) for b in self.upper.blocks}
+        return {b.name: study.prior_rows(b, root, count[b.name], seed)[:, : b.dim] for b in self.upper.blocks}
 
     def follow(self, sites: Sites, centre: Centre, rounds: int, step: int, spread: float = 1.0) -> tuple[Sites, np.ndarray, float]:
         """Rounds over the smallest selection until they change little: sites, root and bound."""

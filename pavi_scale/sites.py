@@ -116,13 +116,13 @@ class Upper:
             self.reduced = Reduced(study.graph, selection, Reading(study.graph, selection, names, study.cohort), dtype=torch.float64)
             self.space = RootSpace(study.graph, self.reduced)
         self.told = speaks_of(study.guide, study.space)
-        few, self.coarse, part = self._part(names, 0), self._part(names, CURVATURE // 10), self._part(names, CURVATURE)
+        few, part, coarse = self._part(names, 0), self._part(names, CURVATURE), self._part(names, CURVATURE // 10)
         self.components = [with_roots(c, few, self.space, self.told) for c in self.components]
         self.joined = [n for c in self.components for b in c.blocks if not b.plates for n in b.latents]
         owner = np.repeat(np.arange(len(self.space.names)), self.space.sizes)
         self.rest = np.flatnonzero(~np.isin(owner, [self.space.names.index(n) for n in self.joined]))
         # Units of a part count for others: a joined root would have to be told.
-        self.part = self.reduced if self.joined else part
+        self.part, self.coarse = (self.reduced, part) if self.joined else (part, coarse)
 
     def _part(self, names: list[str], values: int) -> Reduced:
         """Some units, weighted to stand for all: enough for a curvature, of which a few thousandths do not matter."""

@@ -7,7 +7,7 @@ import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
-from pavi_scale import rows, study
+from pavi_scale import miniature, rows, study
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
@@ -82,8 +82,8 @@ def test_rows_of_separate_groups_give_the_exact_posterior(monkeypatch):
     model, data = groups()
     exact = ps.fit(model, data, progress=False)
     free(monkeypatch, "group")
-    monkeypatch.setattr(rows, "FIRST", 30)  # so that selections grow
-    monkeypatch.setattr(rows, "EACH", 0)
+    monkeypatch.setattr(miniature, "FIRST", 30)  # so that selections grow
+    monkeypatch.setattr(miniature, "EACH", 0)
     found = ps.fit(model, data, progress=False)
     assert (exact.status, found.status) == ("ok", "ok")
     assert set(found.datatree["fit"]["stage"].values) == {"start", "sites", "pass", "refit"}
@@ -124,7 +124,7 @@ def test_a_site_out_of_place_leaves_a_residual(monkeypatch):
 def test_a_fit_goes_on_from_any_checkpoint_as_if_never_stopped(monkeypatch):
     model, data = groups()
     free(monkeypatch, "group")
-    monkeypatch.setattr(rows, "FIRST", 30)
+    monkeypatch.setattr(miniature, "FIRST", 30)
     kept = []
     whole = Rows(trainer(model, data)).fit(lambda state, step: kept.append(({k: v.copy() for k, v in state.items()}, step)))
     for state in (kept[0], kept[-2]):
