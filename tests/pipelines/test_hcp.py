@@ -59,7 +59,7 @@ def test_a_subject_does_not_depend_on_the_others(store, tmp_path):
 
 def test_chunks_are_checksummed(store):
     array = zarr.open_group(store, mode="r")["x"]
-    assert array.chunks == (1, 2, 1024, 8)
+    assert array.chunks == (3, 2, 1024, 8)
     assert np.isnan(array.fill_value)
     assert [type(c).__name__ for c in array.compressors] == ["Crc32cCodec"]
 
