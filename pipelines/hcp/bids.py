@@ -108,7 +108,8 @@ def find(paths: Sequence[Path]) -> Found:
         if place in table:
             raise CohortError(
                 "two files for the same subject and session", where=f"{table[place]} and {path}",
-                expected="one file each, or an entity (run, task) that differs", got=f"subject {place[0]!r}, session {session!r} twice", remedy="name only the files that belong together",
+                expected="one file each, or an entity (run, task) that differs", got=f"subject {place[0]!r}, session {session!r} twice",
+                remedy="name only the files that belong together",
             )  # fmt: skip
         table[place] = path
     hemispheres = tuple(sorted({h for _, _, h in table}))

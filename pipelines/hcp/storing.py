@@ -90,7 +90,8 @@ def check_free(path: Path, needed: int) -> None:
     """
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
-    if needed + _SPARE * (needed > _SPARE) > free:
+    needed += min(needed, _SPARE)
+    if needed > free:
         raise PlanRefused(
             "the store does not fit on the disk", where=there, expected=f"{needed / 1e9:,.2f} GB free", got=f"{free / 1e9:,.2f} GB free",
             remedy="free space, choose a path on another disk, or a smaller size",

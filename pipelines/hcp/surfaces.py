@@ -223,12 +223,13 @@ def check_same(first: Form, other: Form, paths: tuple[object, object]) -> None:
         raise CohortError(f"the files have different {what}", where=where, expected=_few(a), got=_few(b), remedy=f"give files with the same {what}")
 
 
-def write_scalars(path: Path, surface: Surface, maps: Mapping[str, np.ndarray]) -> None:
-    """A `.dscalar.nii` file of named maps, each (vertex,)."""
-    _write(path, ScalarAxis(list(maps)), np.stack([np.asarray(m, dtype=np.float32) for m in maps.values()]), surface, "SCALARS")
+def write_scalars(path: Path, surface: Surface, maps: Mapping[str, np.ndarray], about: str = "") -> None:
+    """A `.dscalar.nii` file of named maps, each (vertex,), which all carry the description `about`."""
+    rows = ScalarAxis(list(maps), [{"Description": about} for _ in maps])
+    _write(path, rows, np.stack([np.asarray(m, dtype=np.float32) for m in maps.values()]), surface, "SCALARS")
 
 
-def write_labels(path: Path, surface: Surface, name: str, keys: np.ndarray, table: Mapping[int, tuple[str, tuple[float, float, float, float]]]) -> None:
+def write_labels(path: Path, surface: Surface, name: str, keys: np.ndarray, table: Mapping[int, tuple[str, tuple[float, ...]]], about: str = "") -> None:
     """A `.dlabel.nii` file of one map.
 
     Args:
@@ -237,8 +238,10 @@ def write_labels(path: Path, surface: Surface, name: str, keys: np.ndarray, tabl
         name: Of the map.
         keys: Label of each vertex, (vertex,), keys of `table`.
         table: Key -> (name, red-green-blue-alpha in [0, 1]).
+        about: Description of the map.
     """
-    _write(path, LabelAxis([name], [dict(table)]), np.asarray(keys, dtype=np.int32)[None], surface, "LABELS")
+    rows = LabelAxis([name], [dict(table)], [{"Description": about}])
+    _write(path, rows, np.asarray(keys, dtype=np.int32)[None], surface, "LABELS")
 
 
 def _write(path: Path, rows: Any, data: np.ndarray, surface: Surface, intent: str) -> None:
