@@ -109,7 +109,7 @@ def test_an_interrupted_simulation_goes_on(whole, tmp_path, blocks):
 
 def test_a_killed_simulation_goes_on(whole, tmp_path):
     arguments = ", ".join(f"{k}={v}" for k, v in SHAPE.items())
-    slow = "lambda *step: (print('block', flush=True), time.sleep(0.1))"
+    slow = "lambda *step: (print('block', flush=True), time.sleep(60))"
     code = f"import time; from pipelines.hcp import make_cohort; make_cohort('c.zarr', {arguments}, tell={slow})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=environment) as process:
