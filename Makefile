@@ -5,13 +5,27 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test nightly bench lint setup clean
 
 demo: setup
 	$(BIN)/python -m pipelines.hcp demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(PYTEST_ARGS)
+
+# The cortical study at shares of its size: simulate, plan, fit, check, write maps, read them in again as surface data.
+NIGHTLY       ?= runs/nightly
+NIGHTLY_SIZES ?= 1% 10%
+
+nightly: setup
+	rm -rf $(NIGHTLY)
+	set -e; for size in $(NIGHTLY_SIZES); do \
+	  at=$(NIGHTLY)/$${size%?}; study="pipelines/hcp.yaml --set cohort=$$at/cohort.zarr --set run=$$at/run"; \
+	  $(BIN)/python -m pipelines.hcp simulate --size $$size --cohort $$at/cohort.zarr; \
+	  for step in plan fit check; do $(BIN)/pavi-scale $$step $$study; done; \
+	  $(BIN)/python -m pipelines.hcp maps $$at/run --out $$at/maps; \
+	  $(BIN)/python -m pipelines.hcp ingest $$at/maps/sub-*/*_probseg.dscalar.nii --out $$at/ingested.zarr; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import xarray as xr
 from scipy.special import ndtri, softmax
 from scipy.stats import qmc
 
-from pavi_scale import Posterior, __version__
+import pavi_scale as ps
 from pavi_scale.errors import InputError
 from pipelines.hcp.figures import COLOURS
 from pipelines.hcp.storing import check_free, storing
@@ -50,7 +50,7 @@ def entropy(probability: np.ndarray) -> np.ndarray:
     return -(probability * np.log(np.maximum(probability, 1e-30))).sum(-1)
 
 
-def surface_of(posterior: Posterior) -> Surface:
+def surface_of(posterior: ps.Posterior) -> Surface:
     """The vertices' places as the cohort tells them; one structure without mesh where it does not."""
     cohort = posterior.datatree["observed_data"]
     if "structure" not in cohort.coords or "surface_vertex" not in cohort.coords:
@@ -59,7 +59,7 @@ def surface_of(posterior: Posterior) -> Surface:
     return Surface(structure.values.astype(object), cohort["surface_vertex"].values.astype(np.int32), dict(structure.attrs["mesh_vertices"]))
 
 
-def write_maps(posterior: Posterior, out: Path, subjects: Sequence[str] | None = None, draws: int = 0, tell: Tell | None = None) -> list[Path]:
+def write_maps(posterior: ps.Posterior, out: Path, subjects: Sequence[str] | None = None, draws: int = 0, tell: Tell | None = None) -> list[Path]:
     """Write maps of the group and of subjects, in the layout of a BIDS derivative.
 
     `group_dseg.dlabel.nii` and `sub-*/sub-*_dseg.dlabel.nii` hold the most probable labels (1 to 7), `..._probseg.dscalar.nii` beside them the maps
@@ -159,12 +159,12 @@ def _write(stem: Path, surface: Surface, probability: np.ndarray, draws: int) ->
     return [labels, scalars]
 
 
-def _description(posterior: Posterior, draws: int) -> dict[str, Any]:
+def _description(posterior: ps.Posterior, draws: int) -> dict[str, Any]:
     return {
         "Name": "Parcellation with uncertainty",
         "BIDSVersion": "1.9.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "pavi-scale", "Version": __version__, "Description": f"Label probabilities: expectation of the softmax {_how(draws)}"}],
+        "GeneratedBy": [{"Name": "pavi-scale", "Version": ps.__version__, "Description": f"Label probabilities: expectation of the softmax {_how(draws)}"}],
         "SourceDatasets": [{"URL": str(posterior.run)}],
         "Status": posterior.status,
     }

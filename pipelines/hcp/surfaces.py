@@ -117,22 +117,28 @@ def values_of(files: Sequence[Path]) -> np.ndarray:
     if files[0].name.endswith(".nii"):
         with _reading(files[0]):
             image = nib.load(files[0])
-            columns = np.concatenate([np.arange(s.start, s.stop) for _, s, _ in _cortex(image, files[0])])
+            data = np.asarray(image.dataobj)
             with np.errstate(over="ignore"):  # what is too large for the type is found as infinite
-                return np.asarray(image.dataobj)[:, columns].T.astype(np.float32, order="C")
+                return np.concatenate([data[:, m.index_offset : m.index_offset + m.index_count].T.astype(np.float32) for m in _cortex(image, files[0])])
     return np.concatenate([_gifti(path)[1] for path in files])
 
 
-def _cortex(image: Any, path: Path) -> list[tuple[str, slice, BrainModelAxis]]:
-    """The cortical surfaces of a CIFTI file: (structure, its columns, its axis)."""
-    axis = image.header.get_axis(1)
-    if not isinstance(axis, BrainModelAxis):
-        raise CohortError("the file is not dense: its columns are no vertices", where=path, expected="an axis of brain models", got=type(axis).__name__)
-    stop = len(axis)
-    models = [(str(name), slice(s.start or 0, stop if s.stop is None else s.stop), own) for name, s, own in axis.iter_structures()]
-    found = [(name, s, own) for name, s, own in models if name in CORTEX and own.surface_mask.all()]
+def _cortex(image: Any, path: Path) -> list[Any]:
+    """The brain models of the cortical surfaces of a CIFTI file (read as they are: as an axis, each vertex would be handled by itself)."""
+    columns = image.header.get_index_map(1)
+    if columns.indices_map_to_data_type != "CIFTI_INDEX_TYPE_BRAIN_MODELS":
+        got = columns.indices_map_to_data_type
+        raise CohortError("the file is not dense: its columns are no vertices", where=path, expected="CIFTI_INDEX_TYPE_BRAIN_MODELS", got=got)
+    models = list(columns.brain_models)
+    found = [m for m in models if m.brain_structure in CORTEX and m.model_type == "CIFTI_MODEL_TYPE_SURFACE"]
     if not found:
-        raise CohortError("the file has no cortical surface", where=path, expected=f"one of {CORTEX}", got=sorted({name for name, _, _ in models}))
+        raise CohortError("the file has no cortical surface", where=path, expected=f"one of {CORTEX}", got=sorted({str(m.brain_structure) for m in models}))
+    for m in found:
+        index = np.asarray(m.vertex_indices)
+        ends = 0 <= m.index_offset <= m.index_offset + m.index_count <= image.shape[1]
+        if len(index) != m.index_count or not ends or not ((index >= 0) & (index < m.surface_number_of_vertices)).all():
+            where = f"{path}, {m.brain_structure}"
+            raise CohortError("the file contradicts itself", where=where, expected="a column, and a vertex of the mesh, for each index")
     return found
 
 
@@ -147,9 +153,9 @@ def _cifti_form(path: Path) -> Form:
     if there < needed:
         raise CohortError("the file is cut short", where=path, expected=f"{needed:,} bytes", got=f"{there:,} bytes", remedy="copy it again")
     surface = Surface(
-        np.concatenate([np.full(len(own), name, dtype=object) for name, _, own in cortex]),
-        np.concatenate([own.vertex for _, _, own in cortex]).astype(np.int32),
-        {name: int(own.nvertices[name]) for name, _, own in cortex},
+        np.concatenate([np.full(m.index_count, m.brain_structure, dtype=object) for m in cortex]),
+        np.concatenate([np.asarray(m.vertex_indices) for m in cortex]).astype(np.int32),
+        {m.brain_structure: int(m.surface_number_of_vertices) for m in cortex},
     )
     if isinstance(rows, SeriesAxis):
         return Form(surface, np.asarray(rows.time, dtype=np.float64), str(rows.unit).lower())
