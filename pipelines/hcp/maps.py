@@ -26,7 +26,8 @@ from pipelines.hcp.storing import check_free, storing
 from pipelines.hcp.surfaces import Surface, write_labels, write_scalars
 
 POINTS = 64
-_PIECE = 4096  # vertices worked on at once
+_PIECE = 512  # vertices worked on at once: what is made of them stays in the cache
+_DRAWN = 4096  # vertices drawn at once
 _SUBJECTS = 16  # whose stored moments are read at once
 
 Tell = Callable[[str, int, int], object]
@@ -40,9 +41,15 @@ def normal_points(dims: int, count: int = POINTS) -> np.ndarray:
 
 def label_probability(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """E[softmax(y)] of independent normals y, (vertex, network), from their means and standard deviations of the same shape."""
-    points = normal_points(mean.shape[1])[:, None]
-    cuts = range(0, len(mean), _PIECE)
-    return np.concatenate([softmax(mean[i : i + _PIECE] + sd[i : i + _PIECE] * points, -1).mean(0) for i in cuts])
+    points, out = normal_points(mean.shape[1])[:, :, None], np.empty_like(mean)
+    for start in range(0, len(mean), _PIECE):
+        part = slice(start, start + _PIECE)
+        y = mean[part].T + sd[part].T * points
+        y -= y.max(1, keepdims=True)
+        np.exp(y, out=y)
+        y /= y.sum(1, keepdims=True)
+        out[part] = y.mean(0).T
+    return out
 
 
 def entropy(probability: np.ndarray) -> np.ndarray:
@@ -138,8 +145,8 @@ def _probabilities(tree: xr.DataTree, latent: str, at: dict[str, int], draws: in
         mean, sd = (tree[g][latent].isel(at).values for g in ("posterior_mean", "posterior_sd"))
         return label_probability(mean, sd)
     lazy = tree["posterior"][latent].isel(at)
-    cuts = range(0, lazy.sizes["vertex"], _PIECE)
-    return np.concatenate([softmax(lazy.isel(chain=0, draw=slice(draws), vertex=slice(i, i + _PIECE)).values, -1).mean(0) for i in cuts])
+    cuts = range(0, lazy.sizes["vertex"], _DRAWN)
+    return np.concatenate([softmax(lazy.isel(chain=0, draw=slice(draws), vertex=slice(i, i + _DRAWN)).values, -1).mean(0) for i in cuts])
 
 
 def _how(draws: int) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from xml.parsers.expat import ExpatError
@@ -58,6 +59,7 @@ class Surface:
         """Some of the vertices."""
         return Surface(self.structure[mask], self.index[mask], self.sizes)
 
+    @cached_property
     def axis(self) -> BrainModelAxis:
         """The same as an axis of a CIFTI file."""
         return BrainModelAxis(name=self.structure.astype(str), vertex=self.index, nvertices=dict(self.sizes))
@@ -251,6 +253,6 @@ def write_labels(path: Path, surface: Surface, name: str, keys: np.ndarray, tabl
 
 
 def _write(path: Path, rows: Any, data: np.ndarray, surface: Surface, intent: str) -> None:
-    image = Cifti2Image(data, header=(rows, surface.axis()))
+    image = Cifti2Image(data, header=(rows, surface.axis))
     image.nifti_header.set_intent(f"NIFTI_INTENT_CONNECTIVITY_DENSE_{intent}")
     image.to_filename(path)

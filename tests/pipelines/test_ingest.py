@@ -12,8 +12,9 @@ from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ScalarAxis, SeriesAxis
 
 import pavi_scale as ps
 from pavi_scale.errors import CohortError, PaviError, PlanRefused, RunError
-from pipelines.hcp import bids, model, storing
+from pipelines.hcp import bids, maps, model, storing
 from pipelines.hcp.ingest import ingest
+from pipelines.hcp.surfaces import form_of, values_of
 
 MESH = 40
 LEFT, RIGHT = np.flatnonzero(np.arange(MESH) % 7 != 0), np.flatnonzero(np.arange(MESH) % 5 != 0)
@@ -82,6 +83,8 @@ def test_cifti_becomes_a_cohort_of_the_study(tmp_path, files, data):
     cohort.check_values()
     assert cohort.layout.cardinality == {"subject": 3, "session": 2, "vertex": VERTICES}
     assert list(cohort.coordinate("subject")) == ["2", "9", "10"]
+    assert cohort.dataset["structure"].attrs == found["structure"].attrs  # a posterior finds its way back to the surface
+    assert list(cohort.dataset["run"].values) == ["2", "10"]
     array = zarr.open_group(tmp_path / "c.zarr", mode="r")["x"]
     assert [type(c).__name__ for c in array.compressors] == ["Crc32cCodec"]
 
@@ -271,3 +274,16 @@ def test_sessions_differ_by_their_entities():
     assert found.entities == {"ses": ("a", "b"), "task": ("rest", "")}
     assert found.hemispheres == ("L", "R")
     assert [p.name for p in found.files["1", "ses-b"]] == ["sub-1_ses-b_hemi-L_bold.func.gii", "sub-1_ses-b_hemi-R_bold.func.gii"]
+
+
+@pytest.mark.slow
+def test_from_files_to_maps(tmp_path, files):
+    """Ingested, fitted, and written as maps of the very vertices that the files have."""
+    ingest(files, tmp_path / "c.zarr", zscore="maps")
+    posterior = ps.fit(model, tmp_path / "c.zarr", run=tmp_path / "run", progress=False, max_time=1.0)
+    written = maps.write_maps(posterior, tmp_path / "maps", subjects=["10"])
+    assert [p.name for p in written[2:]] == ["sub-10_dseg.dlabel.nii", "sub-10_probseg.dscalar.nii"]
+    for path in written[1::2]:
+        assert form_of([path]).surface.differs(form_of(files[:1]).surface) is None
+        probability = values_of([path])[:, 2:]
+        np.testing.assert_allclose(probability.sum(1), 1.0, rtol=1e-5)
