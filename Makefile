@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test chaos bench lint setup clean
+.PHONY: demo test chaos nightly bench lint setup clean
 
 demo: setup
 	$(BIN)/python -m pipelines.hcp demo
@@ -16,6 +16,20 @@ test: lint
 # Kills, cut networks, a real SLURM where it is installed (apt-get install slurm-wlm munge), thousands of sequences: an hour or two.
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and cluster" --kills 200 -s tests/cluster tests/server $(PYTEST_ARGS)
+
+# The cortical study at shares of its size: simulate, plan, fit, check, write maps, read them in again as surface data.
+NIGHTLY       ?= runs/nightly
+NIGHTLY_SIZES ?= 1% 10%
+
+nightly: setup
+	rm -rf $(NIGHTLY)
+	set -e; for size in $(NIGHTLY_SIZES); do \
+	  at=$(NIGHTLY)/$${size%?}; study="pipelines/hcp.yaml --set cohort=$$at/cohort.zarr --set run=$$at/run"; \
+	  $(BIN)/python -m pipelines.hcp simulate --size $$size --cohort $$at/cohort.zarr; \
+	  for step in plan fit check; do $(BIN)/pavi-scale $$step $$study; done; \
+	  $(BIN)/python -m pipelines.hcp maps $$at/run --out $$at/maps; \
+	  $(BIN)/python -m pipelines.hcp ingest $$at/maps/sub-*/*_probseg.dscalar.nii --out $$at/ingested.zarr; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -122,8 +122,8 @@ class Rows:
         if (small := miniature(study, seed)) is not None:
             with LocalEngine(Ready(small)) as engine:
                 found_there, root = Rows(replace(self.trainer, study=small, engine=engine)).search()
-            rows = self.upper.initial(root, self.rows_at(root, 0))
-            sites = Sites(rows.loc, rows.precision, found_there.root, found_there.pull, found_there.root_precision)
+            fresh = self.upper.initial(root, self.rows_at(root, 0))
+            sites = Sites(fresh.loc, fresh.precision, found_there.root, found_there.pull, found_there.root_precision)
             sites, root, _ = self.follow(sites, self.upper.centre(sites, root), LOOK, 1000)
             return sites, root
         starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))

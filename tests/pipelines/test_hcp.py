@@ -1,5 +1,12 @@
 """The synthetic cortical study: its cohort follows the model, its parcels are contiguous, its pictures match networks."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -8,8 +15,9 @@ from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 from scipy.special import softmax
 
-from pipelines.hcp import figures, make_cohort
-from pipelines.hcp.simulate import BETWEEN_SUBJECTS, NOISE, TAU, smooth_fields, sphere
+from pavi_scale.errors import InputError, PlanRefused, RunError
+from pipelines.hcp import command, figures, make_cohort, storing
+from pipelines.hcp.simulate import BETWEEN_SUBJECTS, NOISE, TAU, smooth_fields, sphere, subjects_of
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +65,96 @@ def test_a_subject_does_not_depend_on_the_others(store, tmp_path):
     np.testing.assert_array_equal(one, three)
 
 
+def contents(store):
+    """Bytes of every file, by its path in the store."""
+    return {p.relative_to(store).as_posix(): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+SHAPE = {"subjects": 10, "vertices": 1500, "features": 4, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "c.zarr"
+    make_cohort(str(path), **SHAPE, threads=1)
+    return contents(path)
+
+
+def test_numbers_do_not_depend_on_threads(whole, tmp_path):
+    make_cohort(str(tmp_path / "c.zarr"), **SHAPE, threads=3)
+    assert contents(tmp_path / "c.zarr") == whole
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_an_interrupted_simulation_goes_on(whole, tmp_path, blocks):
+    path, partial, steps = tmp_path / "c.zarr", tmp_path / "c.zarr.partial", []
+
+    def stop(done, of):
+        if done > 4 * blocks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_cohort(str(path), **SHAPE, threads=1, tell=stop)
+    assert not path.exists()
+    next(partial.glob("truth/label_logits/c/0/1/0")).unlink()  # killed between two files of a block
+    with pytest.raises(RunError, match=r"other settings.*'seed': 5.*'seed': 6.*delete"):
+        make_cohort(str(path), **SHAPE | {"seed": 6})
+    make_cohort(str(path), **SHAPE, tell=lambda *step: steps.append(step))
+    assert contents(path) == whole
+    assert not partial.exists()
+    # What was whole is not drawn again.
+    assert len(steps) == 3 - blocks
+    assert steps[-1] == (10, 10)
+
+
+def test_a_killed_simulation_goes_on(whole, tmp_path):
+    arguments = ", ".join(f"{k}={v}" for k, v in SHAPE.items())
+    slow = "lambda *step: (print('block', flush=True), time.sleep(60))"
+    code = f"import time; from pipelines.hcp import make_cohort; make_cohort('c.zarr', {arguments}, tell={slow})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        time.sleep(0.03)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "c.zarr").exists()
+    make_cohort(str(tmp_path / "c.zarr"), **SHAPE)
+    assert contents(tmp_path / "c.zarr") == whole
+
+
+def test_a_cohort_in_the_way_is_left_alone(store, tmp_path):
+    with pytest.raises(RunError, match="already"):
+        make_cohort(store, 1, 50)
+    zarr.create_group(tmp_path / "c.zarr.partial")
+    with pytest.raises(RunError, match="something else"):
+        make_cohort(str(tmp_path / "c.zarr"), 1, 50)
+
+
+def test_room_on_the_disk_is_checked_first(tmp_path, monkeypatch):
+    """At full size 15.2 GB of data, 1.7 GB of label logits, the ends of the last chunks, and what a file system needs of its own."""
+    monkeypatch.setattr(storing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2e10, 3e9, 17e9))
+    with pytest.raises(PlanRefused, match=r"expected: 17\.2\d GB free; got: 17\.00 GB free") as error:
+        make_cohort(str(tmp_path / "deep" / "c.zarr"), subjects_of("100%"))
+    assert error.value.exit_code == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_shares_of_the_study():
+    assert [subjects_of(s) for s in ("1%", "10%", "100%", "0.01%")] == [10, 100, 1000, 1]
+    for bad in ("10", "0%", "101%", "x%", "nan%"):
+        with pytest.raises(InputError, match="not a size"):
+            subjects_of(bad)
+
+
+def test_one_percent_from_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "simulate", "--size", "1%", "--vertices", "700", "--cohort", str(tmp_path / "new" / "c.zarr")])
+    command.main()
+    assert xr.open_zarr(tmp_path / "new" / "c.zarr", consolidated=False)["x"].shape == (10, 2, 700, 32)
+    assert "simulated: 10 of 10 subjects, 100 %" in capsys.readouterr().err
+
+
 def test_chunks_are_checksummed(store):
     array = zarr.open_group(store, mode="r")["x"]
-    assert array.chunks == (1, 2, 1024, 8)
+    assert array.chunks == (3, 2, 1024, 8)
     assert np.isnan(array.fill_value)
     assert [type(c).__name__ for c in array.compressors] == ["Crc32cCodec"]
 

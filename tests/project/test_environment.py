@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 CONDA_NAME = {"torch": "pytorch", "dask": "dask-core", "matplotlib": "matplotlib-base"}
-LOCKED_EXTRAS = ("test", "dev", "slurm")
+LOCKED_EXTRAS = ("test", "dev", "slurm", "hcp")
 LOCK_PYTHON = "3.11"
 
 
