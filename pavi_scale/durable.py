@@ -40,6 +40,15 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, their names durable."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Create or overwrite a file and force it to disk (the name is durable only once its directory is synced)."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

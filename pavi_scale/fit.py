@@ -10,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pavi_scale.cohort import Cohort, Origin, open_cohort
+from pavi_scale.cohort.source import is_url
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
 from pavi_scale.memory import format_bytes
@@ -24,7 +26,7 @@ from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.progress import Progress
 from pavi_scale.recording import encoding_from, encoding_record, find_model, record, reopen_cohort
 from pavi_scale.rows import Rows
-from pavi_scale.run import Run
+from pavi_scale.run import OWN_DIRECTORIES, Run, local_path
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.runtime import Client, DaskEngine
@@ -89,6 +91,7 @@ def fit(
     opened = open_cohort(cohort, model)
     study = make_study(opened, config, client)
     opened.check_values(limit_bytes=CHECKED_FIRST)
+    check_apart(opened, run)
     directory = Run.create(run)
     check_disk(study, directory)
     with directory.lock():
@@ -144,6 +147,15 @@ def check_options(seed: int, max_time: float | None, device: str) -> None:
         raise InputError("the time allowed must be a positive number of seconds, or None", where="max_time", got=repr(max_time))
     if device not in ("auto", "cpu"):
         raise InputError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
+
+
+def check_apart(cohort: Cohort, run: str | os.PathLike[str] | None) -> None:
+    """Refuse a cohort that lies where the run keeps files of its own: a later fit would clear it away."""
+    if run is None or cohort.source is None or is_url(cohort.source):
+        return
+    place, source = local_path(run).resolve(), Path(cohort.source).resolve()
+    if source.is_relative_to(place) and source.relative_to(place).parts[:1] in [(name,) for name in OWN_DIRECTORIES]:
+        raise InputError("the cohort lies among the run's own files", where=f"run {str(place)!r}", got=str(source), remedy="choose another run path")
 
 
 def check_disk(study: Study, run: Run) -> None:

@@ -76,8 +76,9 @@ class Holder:
         """The holder is presumed to work still: it did not release, fall silent or, on this machine, die."""
         if self.released or self.silent_for > STALE_AFTER:
             return False
-        if self.document.get("machine") == _machine():
-            return _process_start(int(self.document["pid"])) == self.document.get("start")
+        pid = self.document.get("pid")
+        if self.document.get("machine") == _machine() and type(pid) is int:
+            return _process_start(pid) == self.document.get("start")
         return True
 
     def __str__(self) -> str:

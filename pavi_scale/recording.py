@@ -8,15 +8,18 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pavi_scale.cohort import Cohort, open_cohort
+from pavi_scale.digests import COHORT
 from pavi_scale.errors import RunError
 from pavi_scale.model.template import Model
 from pavi_scale.run import Run
 from pavi_scale.settings import Settings
 from pavi_scale.study import Encoding, Study
 
+COPY = "cohort.zarr"  # of a cohort that lives in memory, in the run
 _known: weakref.WeakValueDictionary[str, Model] = weakref.WeakValueDictionary()
 
 
@@ -41,7 +44,7 @@ def record(run: Run, cohort: Cohort, study: Study, config: Mapping[str, Any]) ->
     module = sys.modules.get(path.split(":")[0]) if path else None
     source = cohort.source
     if source is None or source.startswith("memory:"):
-        source = "cohort.zarr"
+        source = COPY
         cohort.save(run.path / source)
     run.write_study({
         "model": {"import": path, "file": getattr(module, "__file__", None), "fingerprint": fingerprint},
@@ -70,7 +73,7 @@ def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model
     """The run's model: the one given, one alive in this process, or imported; its fingerprint must be the recorded one."""
     stored = study["model"]
     wanted = stored["fingerprint"]
-    found = model or _known.get(wanted) or import_model(stored)
+    found = model or _known.get(wanted) or import_model(stored, run)
     if found is None:
         raise RunError(
             "the run's model cannot be imported",
@@ -90,8 +93,8 @@ def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model
     return found
 
 
-def import_model(stored: Mapping[str, Any]) -> Model | None:
-    """Import a model by its recorded path, or from its recorded file."""
+def import_model(stored: Mapping[str, Any], run: Run) -> Model | None:
+    """Import a model by its recorded path, or from its recorded file - never one in the run directory: a run that was copied here brings no code."""
     path, file = stored["import"], stored["file"]
     if not path:
         return None
@@ -101,7 +104,7 @@ def import_model(stored: Mapping[str, Any]) -> Model | None:
         if not isinstance(getattr(module, attribute, None), Model):
             raise ImportError(name)
     except ImportError:
-        if not file or not os.path.exists(file):
+        if not file or not os.path.isabs(file) or not os.path.exists(file) or Path(file).resolve().is_relative_to(run.path.resolve()):
             return None
         spec = importlib.util.spec_from_file_location(f"_pavi_{name.replace('.', '_')}", file)
         if spec is None or spec.loader is None:
@@ -115,8 +118,9 @@ def import_model(stored: Mapping[str, Any]) -> Model | None:
 def reopen_cohort(study: Mapping[str, Any], model: Model, run: Run) -> Cohort:
     """The run's cohort; its fingerprint must be the recorded one where it lies outside the run."""
     stored = study["cohort"]
-    if stored["source"] == "cohort.zarr":
-        return open_cohort(run.path / "cohort.zarr", model)
+    if stored["source"] == COPY:
+        COHORT.verify(run.path / COPY)
+        return open_cohort(run.path / COPY, model)
     opened = open_cohort(stored["source"], model)
     if opened.fingerprint != stored["fingerprint"]:
         raise RunError(

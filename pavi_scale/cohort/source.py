@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from pavi_scale.cohort.foreign import check_arrays
 from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader
 from pavi_scale.errors import CohortError
 
@@ -80,6 +81,7 @@ def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> So
     if isinstance(simulation, dict) and simulation.get("complete") is False:
         raise CohortError("simulated cohort is incomplete", where=f"cohort {label!r}", got="a simulation that was cut short", remedy="run ps.simulate again")
     _check_dimensions(label, arrays)
+    check_arrays(label, arrays)
     try:
         consolidated = group.metadata.consolidated_metadata is not None
         # Neither dask's graph nor xarray's cache: `dataset` stays lazy however much of it was looked at.
