@@ -230,8 +230,11 @@ def train(
     trainer = Trainer(computation, engine, int(config["seed"]), deadline, bar.update, began)
     if study.settings.free:
         def checkpoint(state: dict[str, np.ndarray], step: int) -> None:
-            run.commit(state, {"phase": "training", "step": step})
+            run.commit(state, {"phase": "training", "step": step, "trace": finite_trace(trainer.trace), "trace_seconds": trainer.seconds})
 
+        if resumed is not None:  # the trace goes on where it was cut
+            trainer.trace += [(stage, math.nan if value is None else value) for stage, value in facts["trace"]]
+            trainer.seconds += facts["trace_seconds"]
         fitted = Rows(trainer).fit(checkpoint, resumed)
     else:
         fitted = trainer.marginal(study.trained)
@@ -241,12 +244,16 @@ def train(
     return fitted.state, facts
 
 
+def finite_trace(trace: list[tuple[str, float]]) -> list[list[Any]]:
+    """(stage, bound) as JSON: None where it is not finite."""
+    return [[stage, value if math.isfinite(value) else None] for stage, value in trace]
+
+
 def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
     """The JSON part of a trained run."""
     khat = fitted.khat if math.isfinite(fitted.khat) else None
     late = time.monotonic() > deadline
     few = fitted.history if fitted.history and len(fitted.history[0][1]) <= TRACED else []
-    trace = [[stage, value if math.isfinite(value) else None] for stage, value in fitted.trace]
     return {
         "phase": "trained",
         "converged": bool(fitted.converged and not late),
@@ -254,7 +261,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
         "modes": fitted.modes,
         "efficiency": fitted.efficiency,
         "lost": fitted.lost,
-        "trace": trace,
+        "trace": finite_trace(fitted.trace),
         "trace_seconds": fitted.seconds,
         "history": {"step": [i for i, _, _ in few], "loc": [loc.tolist() for _, loc, _ in few], "sd": [sd.tolist() for _, _, sd in few]},
         "seconds": seconds,

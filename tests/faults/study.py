@@ -1,0 +1,77 @@
+"""Two small fits, how one goes on after a crash, and the digest of their results."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import xarray as xr
+from torch.distributions import HalfNormal, Normal
+
+import pavi_scale as ps
+from pavi_scale import study
+from pavi_scale.errors import RunError
+from pavi_scale.run import Run
+
+plain = ps.Model(
+    ps.Plate("g"),
+    ps.Plate("i"),
+    mu=ps.latent(lambda: Normal(0.0, 1.0)),
+    theta=ps.latent(lambda mu: Normal(mu, 1.0), plates="g"),
+    x=ps.observed(lambda theta: Normal(theta, 1.0), plates=("g", "i")),
+)
+rows = ps.Model(
+    ps.Plate("g"),
+    ps.Plate("i", within="g"),
+    mu=ps.latent(lambda: Normal(0.0, 5.0)),
+    tau=ps.latent(lambda: HalfNormal(2.0)),
+    theta=ps.latent(lambda mu, tau: Normal(mu, tau), plates="g"),
+    x=ps.observed(lambda theta: Normal(theta, 1.0), plates="i"),
+)
+MODELS = {"plain": plain, "rows": rows}
+
+
+def cohort(kind: str) -> xr.Dataset:
+    rng = np.random.default_rng(0)
+    if kind == "plain":
+        return xr.Dataset({"x": (("g", "i"), rng.normal(size=(6, 3)))}, coords={"g": [f"g{i}" for i in range(6)]})
+    group = np.repeat(np.arange(8), 4)
+    y = 2.0 + rng.normal(size=8)[group] + rng.normal(size=len(group))
+    return xr.Dataset({"x": ("i", y), "of": ("i", group, {"instance_dimension": "g"})})
+
+
+def begin(path: Path, kind: str, source: object = None) -> ps.Posterior:
+    with as_kind(kind):
+        return ps.fit(MODELS[kind], cohort(kind) if source is None else source, run=path, seed=3, progress=False)
+
+
+def go_on(path: Path, kind: str, source: object = None) -> ps.Posterior:
+    """What a user does after any interruption: resume, or fit again where the run says that it had not begun."""
+    try:
+        with as_kind(kind):
+            return ps.resume(path, model=MODELS[kind], progress=False)
+    except RunError as error:
+        if error.what not in ("there is no run", "the run does not say what was fitted"):
+            raise
+    return begin(path, kind, source)
+
+
+def as_kind(kind: str) -> mock._patch[object]:
+    """Free rows, whatever the size of the study: fits that checkpoint on the way."""
+    chosen = frozenset({frozenset({"g"})}) if kind == "rows" else frozenset()
+    return mock.patch.object(study, "choose_free", lambda *_, **__: chosen)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the stored posterior, all groups and metadata, of the weights and pool, and of what the run says of itself (but for times)."""
+    run = Run.open(path)
+    tensors, state = run.latest()
+    total = hashlib.sha256()
+    for file in sorted(p for p in run.posterior_path.rglob("*") if p.is_file()):
+        total.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
+    for name, value in sorted(tensors.items()):
+        total.update(name.encode() + b"\0" + value.tobytes())
+    total.update(repr(sorted((k, v) for k, v in state.items() if "seconds" not in k)).encode())
+    return total.hexdigest()
