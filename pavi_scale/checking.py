@@ -8,6 +8,7 @@ from pavi_scale.cohort.foreign import check_store
 from pavi_scale.digests import COHORT, MANIFEST
 from pavi_scale.errors import InputError
 from pavi_scale.events import read
+from pavi_scale.lease import newest
 from pavi_scale.posterior.integrity import verify
 from pavi_scale.recording import COPY
 from pavi_scale.run import Run, is_run
@@ -38,10 +39,14 @@ def check_run(run: Run) -> Rows:
     """
     events, torn = read(run.path / "events.jsonl")
     log = ("log", f"{len(events)} events" + (f", {torn} lines torn by a crash or damaged" if torn else ""))
+    holder = newest(run.path / "leases")
+    free = holder is None or not holder.alive
+    lease = ("lease", "damaged: the run is free once it has been silent" if holder and not holder.document else "free" if free else f"held by {holder}")
     if run.generation is None:
-        return [("run", "begun, nothing to verify yet"), log]
+        return [("run", "begun, nothing to verify yet"), log, lease]
     kept, state = run.verify(), run.state()
-    rows = [("run", f"sound: generations {', '.join(map(str, kept))}, {state.get('phase', 'unknown phase')}, status {state.get('status', 'none yet')}"), log]
+    status = f"{state.get('phase', 'unknown phase')}, status {state.get('status', 'none yet')}"
+    rows = [("run", f"sound: generations {', '.join(map(str, kept))}, {status}"), log, lease]
     if run.read_study().get("cohort", {}).get("source") == COPY:
         rows.append(("copy of the cohort", f"sound: {COHORT.verify(run.path / COPY)} files as in their manifest"))
     if run.posterior_path.exists() or state.get("phase") == "done":

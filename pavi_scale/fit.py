@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pavi_scale.cohort import Cohort, Origin, open_cohort
-from pavi_scale.cohort.source import is_url
+from pavi_scale.cohort.foreign import is_url
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
 from pavi_scale.memory import format_bytes

@@ -224,7 +224,8 @@ class Run:
         try:
             save_file(arrays, aside / "weights.safetensors")
         except SafetensorError as error:
-            raise OSError(f"safetensors: {error}") from error
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else 0, f"safetensors: {error}") from error
         sync_file(aside / "weights.safetensors")
         write_bytes(aside / "state.json", document)
         files = {name: [(aside / name).stat().st_size, file_digest(aside / name)] for name in _FILES}

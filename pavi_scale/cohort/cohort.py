@@ -19,8 +19,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 
 from pavi_scale.cohort import scan, schema
+from pavi_scale.cohort.foreign import is_url
 from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, as_index, reading
-from pavi_scale.cohort.source import Origin, Source, is_url, open_source
+from pavi_scale.cohort.source import Origin, Source, open_source
 from pavi_scale.digests import COHORT, MANIFEST
 from pavi_scale.durable import disk_errors, sync_directory
 from pavi_scale.errors import CohortError

@@ -11,6 +11,7 @@ import zarr
 
 from pavi_scale.cohort.readers import EMPTY_OK, STORE_ERRORS, ZarrArray, ZarrReader, reading
 from pavi_scale.cohort.scan import blocks, check_chunks
+from pavi_scale.digests import COHORT, MANIFEST
 from pavi_scale.errors import CohortError
 
 # Codecs that turn bytes into numbers or text and do nothing else: `pickle`, and whatever a plug-in registers, could run code.
@@ -63,6 +64,26 @@ def check_arrays(label: str, arrays: Mapping[str, ZarrArray]) -> None:
             )
 
 
+def check_seal(label: str, attributes: Mapping[str, Any]) -> None:
+    """Refuse a simulated cohort that was cut short, or has lost its manifest.
+
+    Raises:
+        CohortError: Run the simulation again.
+    """
+    simulation = attributes.get("pavi_simulation")
+    if not isinstance(simulation, dict):
+        return
+    if simulation.get("complete") is False:
+        raise CohortError("simulated cohort is incomplete", where=f"cohort {label!r}", got="a simulation that was cut short", remedy="run ps.simulate again")
+    if simulation.get("sealed") and not is_url(label) and not (Path(label) / MANIFEST).is_file():
+        raise CohortError("simulated cohort lacks its manifest", where=f"cohort {label!r}", expected=MANIFEST, got="nothing", remedy=COHORT.remedy)
+
+
+def is_url(path: str) -> bool:
+    """Whether a string names a store by URL rather than a local path."""
+    return "://" in path or "::" in path
+
+
 def check_store(path: Path) -> tuple[int, int]:
     """Read every chunk of every array of a store; returns the number of arrays, and of those whose chunks carry checksums.
 
@@ -74,6 +95,7 @@ def check_store(path: Path) -> tuple[int, int]:
         arrays = {name: a for name, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
     except STORE_ERRORS as error:
         raise CohortError("cohort store cannot be read", where=path, got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    check_seal(str(path), dict(group.attrs))
     check_arrays(str(path), arrays)
     for name, array in arrays.items():
         reader, where = ZarrReader(array, tuple(range(array.ndim))), f"variable {name!r} of cohort {str(path)!r}"

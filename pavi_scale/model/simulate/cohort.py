@@ -111,7 +111,7 @@ def simulate(
                 labels.to_zarr(group.store, group=group.path, mode="a", zarr_format=3, consolidated=False, encoding=checked)
         sink = Stored(root, truth, chunk_lengths(design, chunks or {}, np.dtype(dtype).itemsize))
         generate(design, sink, seed, np.dtype(dtype))
-        root.attrs["pavi_simulation"] = {**about, "complete": True}
+        root.attrs["pavi_simulation"] = {**about, "complete": True, "sealed": isinstance(root.store, LocalStore)}
         for group in (truth, root):
             zarr.consolidate_metadata(group.store, path=group.path)
         if isinstance(root.store, LocalStore):
