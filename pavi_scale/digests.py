@@ -165,5 +165,6 @@ POSTERIOR = Manifest(
     "pavi-scale-posterior", 1, "stored posterior", RunError, "run the posterior again from the run's weights (resume)",
 )
 COHORT = Manifest(
-    "pavi-scale-cohort", 1, "cohort", CohortError, f"restore it or write it again; if it was changed on purpose, remove {MANIFEST} and the root's attribute 'pavi_simulation'",
+    "pavi-scale-cohort", 1, "cohort", CohortError, 
+    f"restore it or write it again; if it was changed on purpose, remove {MANIFEST} and the root's attribute 'pavi_simulation'",
 )

@@ -24,7 +24,7 @@ from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.progress import Progress
-from pavi_scale.recording import encoding_from, encoding_record, find_model, record, reopen_cohort
+from pavi_scale.recording import encoding_from, encoding_record, find_model, read_record, record, reopen_cohort
 from pavi_scale.rows import Rows
 from pavi_scale.run import OWN_DIRECTORIES, Run, local_path
 from pavi_scale.server.local import LocalEngine
@@ -117,7 +117,7 @@ def resume(run: str | os.PathLike[str], *, model: Model | None = None, client: C
     """
     began = time.monotonic()
     directory = Run.open(run)
-    study_record = directory.read_study()
+    study_record = read_record(directory)
     if directory.generation is not None and directory.state().get("phase") == "done":
         return open_posterior(run, model=model)
     found = find_model(study_record, model, directory)

@@ -9,7 +9,9 @@ import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.digests import COHORT
@@ -51,6 +53,62 @@ def record(run: Run, cohort: Cohort, study: Study, config: Mapping[str, Any]) ->
         "cohort": {"source": source, "fingerprint": cohort.fingerprint, "sizes": {**cohort.layout.cardinality, **cohort.event_sizes}},
         "config": dict(config), "settings": settings_record(study.settings), "plan": dict(study.plan.table()),
     })
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", populate_by_name=True)
+    path: str | None = Field(alias="import")
+    file: str | None
+    fingerprint: str
+
+
+class _Cohort(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    source: str = Field(min_length=1)
+    fingerprint: str
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    seed: int = Field(ge=0)
+    encoding: str | dict[str, str]
+    memory: str | int
+    max_time: float | None = None
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    free: list[list[str]]
+    schemes: dict[str, str]
+    structure: dict[str, dict[str, Any]]
+    split: str | None
+    dtype: Literal["float32", "float64"]
+    chunk: int = Field(gt=0)
+    cache_bytes: int = Field(ge=0)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: _Model
+    cohort: _Cohort
+    config: _Config
+    settings: _Settings
+
+
+def read_record(run: Run) -> dict[str, Any]:
+    """What `record` wrote down, every part of it where and what it should be.
+
+    Raises:
+        RunError: Nothing was recorded, or it is damaged.
+    """
+    study = run.read_study()
+    try:
+        _Record.model_validate(study)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = f"{run.path / 'study.json'}, {'.'.join(map(str, fault['loc']))}"
+        raise RunError("the run's study is not one", where=where, got=fault["msg"], remedy="restore the file from a copy, or fit again") from error
+    return study
 
 
 def settings_record(settings: Settings) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.errors import ZarrUserWarning
 
 from pavi_scale.cohort.readers import EMPTY_OK, STORE_ERRORS, ZarrArray, ZarrReader, reading
 from pavi_scale.cohort.scan import blocks, check_chunks
@@ -41,6 +43,25 @@ def codecs(array: ZarrArray) -> set[str]:
 
     stored: Mapping[str, Any] = array.metadata.to_dict()
     return {name for key in ("codecs", "compressor", "filters") for name in walk(stored.get(key))}
+
+
+def arrays_of(group: zarr.Group, label: str) -> dict[str, ZarrArray]:
+    """The arrays of a group.
+
+    Raises:
+        CohortError: There is one whose metadata is not understood: Zarr would leave it out with a warning.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)  # other files in the folder
+        members = dict(group.members())
+    place = Path(label)
+    for entry in sorted(place.iterdir()) if not is_url(label) and place.is_dir() else ():
+        if entry.name not in members and any((entry / name).is_file() for name in ("zarr.json", ".zarray")):
+            raise CohortError(
+                "cohort store cannot be read", where=f"cohort {label!r}, {entry.name!r}", expected="a Zarr group that holds an xarray.Dataset",
+                got="metadata that is damaged", remedy="restore it, or write it again with Dataset.to_zarr",
+            )
+    return {name: member for name, member in members.items() if isinstance(member, zarr.Array)}
 
 
 def check_arrays(label: str, arrays: Mapping[str, ZarrArray]) -> None:
@@ -85,14 +106,14 @@ def is_url(path: str) -> bool:
 
 
 def check_store(path: Path) -> tuple[int, int]:
-    """Read every chunk of every array of a store; returns the number of arrays, and of those whose chunks carry checksums.
+    """Read every chunk of every array of a store's root group; returns the number of arrays, and of those whose chunks carry checksums.
 
     Raises:
         CohortError: A chunk is missing, or cannot be decoded.
     """
     try:
         group = zarr.open_group(path, mode="r")
-        arrays = {name: a for name, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+        arrays = arrays_of(group, str(path))
     except STORE_ERRORS as error:
         raise CohortError("cohort store cannot be read", where=path, got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     check_seal(str(path), dict(group.attrs))

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from pavi_scale.cohort.foreign import check_arrays, check_seal, is_url
+from pavi_scale.cohort.foreign import arrays_of, check_arrays, check_seal, is_url
 from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader
 from pavi_scale.errors import CohortError
 
@@ -69,7 +69,9 @@ def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> So
             raise CohortError("storage options are for URLs", where=f"cohort {label!r}", got=f"options {sorted(storage_options)}", remedy="drop them")
     try:
         group = zarr.open_group(label, mode="r", storage_options=dict(storage_options) if storage_options else None)
-        arrays = dict(group.arrays())
+        arrays = arrays_of(group, label)
+    except CohortError:
+        raise
     except STORE_ERRORS as error:
         raise _unreadable(label, error) from error
     check_seal(label, dict(group.attrs))

@@ -17,7 +17,8 @@ class Zygote:
     def __init__(self, root):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root, env=env
+            [sys.executable, "-m", "tests.faults.zygote"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root, env=env,
         )
         assert self._read() == {"ready": True}
 

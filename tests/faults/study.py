@@ -11,7 +11,7 @@ import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
-from pavi_scale import study
+from pavi_scale import study as preparing
 from pavi_scale.errors import RunError
 from pavi_scale.run import Run
 
@@ -61,7 +61,7 @@ def go_on(path: Path, kind: str, source: object = None) -> ps.Posterior:
 def as_kind(kind: str) -> mock._patch[object]:
     """Free rows, whatever the size of the study: fits that checkpoint on the way."""
     chosen = frozenset({frozenset({"g"})}) if kind == "rows" else frozenset()
-    return mock.patch.object(study, "choose_free", lambda *_, **__: chosen)
+    return mock.patch.object(preparing, "choose_free", lambda *_, **__: chosen)
 
 
 def digest(path: Path) -> str:

@@ -49,7 +49,7 @@ def sweep(disk, kind, levels):
             study.begin(path, kind)
         except PaviError as error:
             stopped += 1
-            assert any(words in str(error) for words in ("disk is full", "does not fit on the disk")), str(error)
+            assert "disk is full" in str(error) or "does not fit on the disk" in str(error)
         if path.exists() and (path / "run.json").exists():
             run = Run.open(path)
             if run.generation is not None:

@@ -58,7 +58,8 @@ def _unpacked(message: Message) -> dict[str, np.ndarray]:
     frames = iter(data.frames) if isinstance(data, Serialized) else None
     for name, code, shape in message["arrays"]:
         dtype = np.dtype(code)
-        if not isinstance(name, str) or not isinstance(code, str) or dtype.kind in "OV" or any(type(n) is not int or n < 0 for n in shape):
+        plain = isinstance(name, str) and isinstance(code, str) and dtype.kind not in "OV" and dtype.itemsize
+        if not plain or any(type(n) is not int or n < 0 for n in shape):
             raise ValueError(f"array {name!r} of dtype {code!r} and shape {shape!r}")
         size = math.prod(shape) * dtype.itemsize
         if not size:
