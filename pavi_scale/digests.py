@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pavi_scale.durable import disk_errors, seal, sync_directory, sync_file, unseal, write_bytes
+from pavi_scale.durable import disk_errors, replace_bytes, seal, sync_directory, sync_file, unseal
 from pavi_scale.errors import CohortError, InputError, RunError
 
 MANIFEST = "manifest.json"
@@ -89,8 +89,7 @@ class Manifest:
             }
             for directory in directories:
                 sync_directory(directory)
-            write_bytes(store / MANIFEST, seal(document, where=store / MANIFEST))
-            sync_directory(store)
+            replace_bytes(store / MANIFEST, seal(document, where=store / MANIFEST))
 
     def read(self, store: Path) -> dict[str, Any]:
         """The manifest of a complete store.

@@ -238,9 +238,9 @@ def train(
         fitted = Rows(trainer).fit(checkpoint, resumed)
     else:
         fitted = trainer.marginal(study.trained)
-    facts = facts_of(fitted, time.monotonic() - began, deadline)
+    facts = {**facts_of(fitted, time.monotonic() - began, deadline), "skipped": trainer.skips.total}
     run.commit(fitted.state, facts)
-    run.log("trained", seconds=facts["seconds"], converged=facts["converged"])
+    run.log("trained", seconds=facts["seconds"], converged=facts["converged"], skipped=facts["skipped"])
     return fitted.state, facts
 
 

@@ -138,29 +138,31 @@ def crashed(steps: Sequence[Step], count: int, rule: str) -> Tree:
     for i, step in enumerate(done):
         changes += [(i, d, n, c) for d, n, c in step.names]
         writes += [(i, *step.data)] if step.data is not None else []
-    loose: set[tuple[Any, ...]] = {c[:3] for c in changes if synced.get(c[1], -1) < c[0]} | {w[:2] for w in writes if synced.get(w[1], -1) < w[0]}
-    last = max(loose, key=lambda key: (key[0], len(key)), default=None)
+    # What one call does to the names of one directory happens together: a rename is atomic, durable or not.
+    loose = {(i, d, "names") for i, d, _, _ in changes if synced.get(d, -1) < i} | {(i, n, "data") for i, n, _ in writes if synced.get(n, -1) < i}
+    last = max(loose, default=None)
+    chosen = {key for key in sorted(loose) if rng.random() < 0.5}
 
-    def kept(key: tuple[Any, ...]) -> bool:
+    def kept(key: tuple[int, int, str]) -> bool:
         if key not in loose or rule in ("everything", "torn"):
             return True
         if rule == "all but the last unsynced":
             return key != last
         if rule in ("some", "others"):
-            return bool(rng.random() < 0.5)
-        return rule == ("names without data" if len(key) == 3 else "data without names")
+            return key in chosen
+        return rule == ("names without data" if key[2] == "names" else "data without names")
 
     names: dict[int, dict[str, int]] = {}
     data: dict[int, bytes] = {}
     for i, directory, name, child in changes:
-        if kept((i, directory, name)):
+        if kept((i, directory, "names")):
             held = names.setdefault(directory, {})
             held.pop(name, None)
             if child is not None:
                 held[name] = child
     for i, number, content in writes:
-        if kept((i, number)):
-            torn = rule == "torn" and (i, number) == last
+        if kept((i, number, "data")):
+            torn = rule == "torn" and (i, number, "data") == last
             data[number] = content[: len(content) // 2] if torn else content
     return dict(_walk(names, data, 0, ""))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
 
@@ -58,10 +59,10 @@ def go_on(path: Path, kind: str, source: object = None) -> ps.Posterior:
     return begin(path, kind, source)
 
 
-def as_kind(kind: str) -> mock._patch[object]:
+def as_kind(kind: str) -> AbstractContextManager[object]:
     """Free rows, whatever the size of the study: fits that checkpoint on the way."""
     chosen = frozenset({frozenset({"g"})}) if kind == "rows" else frozenset()
-    return mock.patch.object(preparing, "choose_free", lambda *_, **__: chosen)
+    return mock.patch.object(preparing, "choose_free", return_value=chosen)
 
 
 def digest(path: Path) -> str:

@@ -36,20 +36,19 @@ def fill(place, left):
 
 
 def sweep(disk, kind, levels):
-    """At each level of free space: fit, be stopped or not, look at what is there, free the space and go on. Counts those that were stopped."""
+    """At each level of free space: fit, be stopped or not, look at what is there, free the space and go on."""
     before = free(disk)
     study.begin(disk / "whole", kind)
     wanted, need = study.digest(disk / "whole"), before - free(disk)
     subprocess.run(["rm", "-r", str(disk / "whole")], check=True)
-    stopped = 0
+    stopped = []
     for level in np.linspace(0.0, 1.02, levels):
         path = disk / "run"
         fill(disk, 1 + int(level * need))
         try:
             study.begin(path, kind)
         except PaviError as error:
-            stopped += 1
-            assert "disk is full" in str(error) or "does not fit on the disk" in str(error)
+            stopped.append(str(error))
         if path.exists() and (path / "run.json").exists():
             run = Run.open(path)
             if run.generation is not None:
@@ -59,7 +58,8 @@ def sweep(disk, kind, levels):
         study.go_on(path, kind)
         assert study.digest(path) == wanted, f"level {level}"
         subprocess.run(["rm", "-r", str(path)], check=True)
-    return stopped
+    assert all("disk is full" in words or "does not fit on the disk" in words for words in stopped), stopped
+    return len(stopped)
 
 
 def test_a_full_disk(disk):

@@ -16,7 +16,8 @@ LEVELS = {
     "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
     "diagnosing": 4, "scores": 4, "sites": 4,
     "posterior": 4, "server.runtime": 4,
-    "study": 5, "training": 5, "rows": 5, "recording": 5, "writing": 5, "fit": 5, "summary": 5, "calibration": 5, "report": 5, "config": 5, "checking": 5,
+    "study": 5, "training": 5, "rows": 5, "nonfinite": 5, "recording": 5, "writing": 5, "fit": 5,
+    "summary": 5, "calibration": 5, "report": 5, "config": 5, "checking": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 FACADE = "pavi_scale"  # its `__init__` re-exports the public names and is imported by nothing below it
