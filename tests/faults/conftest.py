@@ -25,9 +25,9 @@ class Zygote:
     def _read(self):
         return json.loads(self.process.stdout.readline())
 
-    def start(self, path, kind, kill_at=None):
+    def start(self, path, kind, **more):
         """Process number of a child that begins, or goes on with, a run."""
-        self.process.stdin.write(json.dumps({"path": str(path), "kind": kind, "kill_at": kill_at}) + "\n")
+        self.process.stdin.write(json.dumps({"path": str(path), "kind": kind, **more}) + "\n")
         self.process.stdin.flush()
         return self._read()["pid"]
 
@@ -35,8 +35,8 @@ class Zygote:
         """Exit code of the child; negative for a signal."""
         return self._read()["code"]
 
-    def run(self, path, kind, kill_at=None):
-        self.start(path, kind, kill_at)
+    def run(self, path, kind, **more):
+        self.start(path, kind, **more)
         return self.wait()
 
     def close(self):

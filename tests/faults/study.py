@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +13,7 @@ import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
+from pavi_scale import rows as training_rows
 from pavi_scale import study as preparing
 from pavi_scale.errors import RunError
 from pavi_scale.run import Run
@@ -32,6 +34,7 @@ rows = ps.Model(
     x=ps.observed(lambda theta: Normal(theta, 1.0), plates="i"),
 )
 MODELS = {"plain": plain, "rows": rows}
+SETTLING = "settling"  # as "rows", but training ends when it is settled
 
 
 def cohort(kind: str) -> xr.Dataset:
@@ -45,24 +48,29 @@ def cohort(kind: str) -> xr.Dataset:
 
 def begin(path: Path, kind: str, source: object = None) -> ps.Posterior:
     with as_kind(kind):
-        return ps.fit(MODELS[kind], cohort(kind) if source is None else source, run=path, seed=3, progress=False)
+        return ps.fit((plain if kind == "plain" else rows), cohort(kind) if source is None else source, run=path, seed=3, progress=False)
 
 
 def go_on(path: Path, kind: str, source: object = None) -> ps.Posterior:
     """What a user does after any interruption: resume, or fit again where the run says that it had not begun."""
     try:
         with as_kind(kind):
-            return ps.resume(path, model=MODELS[kind], progress=False)
+            return ps.resume(path, model=(plain if kind == "plain" else rows), progress=False)
     except RunError as error:
         if error.what not in ("there is no run", "the run does not say what was fitted"):
             raise
     return begin(path, kind, source)
 
 
-def as_kind(kind: str) -> AbstractContextManager[object]:
-    """Free rows, whatever the size of the study: fits that checkpoint on the way."""
-    chosen = frozenset({frozenset({"g"})}) if kind == "rows" else frozenset()
-    return mock.patch.object(preparing, "choose_free", return_value=chosen)
+@contextlib.contextmanager
+def as_kind(kind: str) -> Iterator[None]:
+    """Free rows, whatever the size of the study, and as many passes in any case: fits that checkpoint several times on the way."""
+    chosen = frozenset({frozenset({"g"})}) if kind != "plain" else frozenset()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(preparing, "choose_free", return_value=chosen))
+        if kind == "rows":
+            stack.enter_context(mock.patch.multiple(training_rows, CALM=0.0, PASSES=3))
+        yield
 
 
 def digest(path: Path) -> str:

@@ -205,7 +205,7 @@ def test_a_forgotten_sync_would_be_seen(tmp_path, monkeypatch, forgotten):
     assert bad
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_crash_state_recovers(tmp_path, monkeypatch, say, name):
     program, check = PROGRAMS[name]
@@ -215,7 +215,7 @@ def test_every_crash_state_recovers(tmp_path, monkeypatch, say, name):
     assert not bad, "\n".join(bad[:10])
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "rows"])
 def test_fits_resume_from_crash_states(tmp_path, monkeypatch, say, kind):
     """A real fit: from each of many crash states it goes on to the bits of the undisturbed run."""

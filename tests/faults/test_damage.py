@@ -88,7 +88,7 @@ def test_damage_is_seen(request, store):
     assert not unseen, unseen[:5]
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_ten_thousand(run, cohort, say):
     seen = {}
     for place, check, count in ((run, check_a_run, 6000), (cohort, check_cohort, 4000)):

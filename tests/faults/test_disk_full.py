@@ -66,7 +66,7 @@ def test_a_full_disk(disk):
     assert sweep(disk, "plain", 6) >= 3
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_thirty_levels(disk, say):
     stopped = {kind: sweep(disk, kind, 30) for kind in study.MODELS}
     say(f"30 levels of free space each: stopped by the full disk {stopped}, 0 damaged, all resumed to the same bits")

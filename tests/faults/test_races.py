@@ -76,7 +76,7 @@ def test_one_wins(contenders, tmp_path):
         race(contenders, ("open", "create")[i % 2], tmp_path / str(i))
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_hundred_races(contenders, tmp_path, say):
     for i in range(100):
         race(contenders, ("open", "create")[i % 2], tmp_path / str(i))

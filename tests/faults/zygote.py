@@ -1,21 +1,25 @@
 """A process that has imported everything and forks a child for each order: a fit to be killed costs a fraction of a second.
 
-Orders are JSON lines: {"path", "kind", "kill_at"}; answered by {"pid"} at once and {"code"} (negative: a signal) when the child has ended.
+Orders are JSON lines: {"path", "kind", "kill_at", "repeat"}; answered by {"pid"} at once and {"code"} (negative: a signal) when the child has ended.
 `kill_at` counts calls that change the disk: before the n-th, or in the middle of it where it writes, the child sends itself SIGKILL.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import pavi_scale.run
-from pavi_scale.errors import PaviError
+from pavi_scale.errors import Interrupted, PaviError
 from tests.faults import study
 
 CALLS = ("mkdir", "write", "fsync", "rename", "replace", "rmdir", "unlink", "link")
@@ -42,11 +46,26 @@ def count(limit: int | None) -> list[int]:
     return done
 
 
+def usage(path: Path, kind: str) -> tuple[int, int, int]:
+    """Open handles, resident bytes and threads after one more fit."""
+    study.begin(path, kind)
+    shutil.rmtree(path)
+    gc.collect()
+    me = psutil.Process()
+    return me.num_fds(), me.memory_info().rss, me.num_threads()
+
+
 def child(order: dict[str, Any]) -> int:
     path = Path(order["path"])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
+    if order.get("repeat"):
+        path.with_suffix(".usage").write_text(json.dumps([usage(path, order["kind"]) for _ in range(order["repeat"])]))
+        return 0
     counted = count(order.get("kill_at"))
     try:
         study.go_on(path, order["kind"])
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
     except PaviError as error:
         path.with_suffix(".error").write_text(str(error))
         return error.exit_code
