@@ -293,7 +293,11 @@ def settle(run_path: Path) -> Path:
         if final.exists():
             shutil.rmtree(retired, ignore_errors=True)
             os.rename(final, retired)
-        os.rename(partial, final)
+        try:
+            os.rename(partial, final)
+        except FileNotFoundError:  # a reader, or the writer, has done it meanwhile
+            if not final.exists():
+                raise
         sync_directory(run_path)
     if final.exists():
         shutil.rmtree(retired, ignore_errors=True)

@@ -68,6 +68,8 @@ def as_kind(kind: str) -> Iterator[None]:
     chosen = frozenset({frozenset({"g"})}) if kind != "plain" else frozenset()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(preparing, "choose_free", return_value=chosen))
+        if kind != "plain":  # a short search for a start
+            stack.enter_context(mock.patch.multiple(training_rows, LOOK=1, SEARCH=1, PRIOR_STARTS=1))
         if kind == "rows":
             stack.enter_context(mock.patch.multiple(training_rows, CALM=0.0, PASSES=3))
         yield

@@ -37,8 +37,7 @@ def at_a_time(zygote, undisturbed, path, kind, rng, seconds):
 @pytest.mark.parametrize("kind", ["plain", "rows"])
 def test_killed_inside_commits(zygote, undisturbed, tmp_path, kind):
     rng = np.random.default_rng(1)
-    for i in range(2):
-        inside(zygote, undisturbed, tmp_path / str(i), kind, rng, kills=2)
+    inside(zygote, undisturbed, tmp_path / "run", kind, rng, kills=3)
 
 
 def test_killed_at_any_time(zygote, undisturbed, tmp_path):

@@ -17,7 +17,7 @@ WITHIN = 30  # seconds
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_at_a_checkpoint(zygote, undisturbed, tmp_path, name):
     rng, stopped = np.random.default_rng(4), 0
-    for i, kind in enumerate(("plain", "rows", "rows")):
+    for i, kind in enumerate(("plain", "rows")):
         path = tmp_path / str(i)
         pid = zygote.start(path, kind)
         time.sleep(rng.uniform(0.05, 0.4))
@@ -43,7 +43,7 @@ def check_flat(zygote, path, kind, fits):
 
 
 def test_nothing_grows(zygote, tmp_path):
-    check_flat(zygote, tmp_path / "run", "plain", 12)
+    check_flat(zygote, tmp_path / "run", "plain", 9)
 
 
 @pytest.mark.slow
