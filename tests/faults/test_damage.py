@@ -9,7 +9,8 @@ import xarray as xr
 import pavi_scale as ps
 from pavi_scale.checking import check_cohort, check_path, check_run
 from pavi_scale.cohort import open_cohort
-from pavi_scale.errors import CohortError, InputError
+from pavi_scale.durable import seal, unseal
+from pavi_scale.errors import CohortError, InputError, RunError
 from pavi_scale.run import Run
 from tests.faults import study
 
@@ -78,6 +79,16 @@ def silent(place, check, rng, count):
     return unseen
 
 
+def test_every_byte_of_a_sealed_file_counts(tmp_path):
+    file = tmp_path / "sealed.json"
+    whole = seal({"small": 1.5e-7, "name": "é", "list": [1, 2.0, None]}, where=file)
+    unseal(whole, where=file)
+    for at in range(len(whole)):
+        for spoilt in (whole[:at], *(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :] for bit in range(8))):
+            with pytest.raises(RunError):
+                unseal(spoilt, where=file)
+
+
 def check_a_run(path):
     return check_run(Run.open(path))
 
@@ -95,7 +106,7 @@ def test_ten_thousand(run, cohort, say):
         unseen = silent(place, check, np.random.default_rng(1), count)
         seen[place.name] = count, unseen
     say("; ".join(f"{name}: {count} damages, {len(unseen)} unseen" for name, (count, unseen) in seen.items()))
-    assert not any(unseen for _, unseen in seen.values())
+    assert not any(unseen for _, unseen in seen.values()), seen
 
 
 def test_fits_do_not_read_damaged_values(cohort, tmp_path):
