@@ -233,8 +233,8 @@ def train(
             run.commit(state, {"phase": "training", "step": step, "trace": finite_trace(trainer.trace), "trace_seconds": trainer.seconds})
 
         if resumed is not None:  # the trace goes on where it was cut
-            trainer.trace += [(stage, math.nan if value is None else value) for stage, value in facts["trace"]]
-            trainer.seconds += facts["trace_seconds"]
+            trainer.trace += [(stage, math.nan if value is None else value) for stage, value in facts.get("trace", [])]
+            trainer.seconds += facts.get("trace_seconds", [])
         fitted = Rows(trainer).fit(checkpoint, resumed)
     else:
         fitted = trainer.marginal(study.trained)
