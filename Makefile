@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test chaos nightly bench lint setup clean
+.PHONY: demo test chaos chaos-run soak nightly bench lint setup clean
 
 demo: setup
 	$(BIN)/python -m pipelines.hcp demo
@@ -30,6 +30,14 @@ nightly: setup
 	  $(BIN)/python -m pipelines.hcp maps $$at/run --out $$at/maps; \
 	  $(BIN)/python -m pipelines.hcp ingest $$at/maps/sub-*/*_probseg.dscalar.nii --out $$at/ingested.zarr; \
 	done
+
+# Crashes, damage, full disks and races of the run directory: half an hour or more; prints its figures. Mounts a tmpfs (as root) or skips that part.
+chaos-run: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout=3600 tests/faults $(PYTEST_ARGS)
+
+# Two hours of the cortical study at 1 %, killed once a minute; for a try: make soak SOAK_ARGS="--hours 0.1 --subjects 2 --vertices 500 --between 4 25"
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pipelines.bench.soak $(SOAK_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

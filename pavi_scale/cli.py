@@ -15,16 +15,17 @@ import typer
 
 from pavi_scale.calibration import sbc
 from pavi_scale.calibration.given import given_of
+from pavi_scale.checking import check_path, check_run
 from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.cohort.truth import open_truth
 from pavi_scale.config import Study, load_cluster, load_model, load_study
+from pavi_scale.digests import COHORT, MANIFEST
 from pavi_scale.errors import InputError, Interrupted, PaviError, PlanRefused
 from pavi_scale.fit import fit as fit_study
 from pavi_scale.fit import open_posterior
 from pavi_scale.fit import plan as plan_study
 from pavi_scale.fit import resume as resume_run
 from pavi_scale.memory import format_bytes
-from pavi_scale.posterior.integrity import verify
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.report import report as write_report
 from pavi_scale.run import Run, is_run
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Checked = Annotated[str, typer.Argument(metavar="STUDY.yaml|RUN|COHORT", help="the study file, a run directory, or a cohort store")]
 File = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="the study file")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study, such as fit.seed=1; repeatable")]
 Cluster = Annotated[str | None, typer.Option("--cluster", metavar="FILE.yaml", help="cluster file; replaces the study's own")]
@@ -186,9 +188,15 @@ def report(study: File, settings: Settings = None, cluster: Cluster = None, out:
 @app.command()
 @_command
 def check(
-    study: File, settings: Settings = None, cluster: Cluster = None, calibrate: Calibrate = False, runs: Runs = 100, sizes: Sizes = None
+    study: Checked, settings: Settings = None, cluster: Cluster = None, calibrate: Calibrate = False, runs: Runs = 100, sizes: Sizes = None
 ) -> None:
-    """Verify the cohort (every value) and, where there is a run, its files against their digests; or calibrate (--sbc)."""
+    """Verify the cohort (every value) and, where there is a run, its files against their digests; or calibrate (--sbc).
+
+    A run directory or a cohort store may be named instead of a study: its files are then compared with their digests.
+    """
+    if Path(study).is_dir():
+        _say(check_path(Path(study)))
+        return
     found = load_study(study, settings or (), cluster)
     if found.cluster is not None:
         load_cluster(found.cluster)
@@ -197,19 +205,13 @@ def check(
         _calibrate(found, cohort, runs, sizes or ())
         return
     cohort.check_values()
+    if cohort.source is not None and (Path(cohort.source) / MANIFEST).exists():
+        COHORT.verify(Path(cohort.source))
     _say([("cohort", f"sound: {format_bytes(cohort.nbytes)}, {cohort.layout!r}")])
     if not is_run(found.run):
         typer.echo("run     none yet")
         return
-    run = Run.open(found.run)
-    run.read_study()
-    if run.generation is None:
-        typer.echo("run     begun, nothing to verify yet")
-        return
-    state = run.state()
-    typer.echo(f"run     sound: generation {run.generation}, {state.get('phase', 'unknown phase')}, status {state.get('status', 'none yet')}")
-    if run.posterior_path.exists():
-        typer.echo(f"posterior sound: {verify(run.posterior_path)} files as in their manifest")
+    _say(check_run(Run.open(found.run)))
 
 
 def _calibrate(study: Study, cohort: Cohort, runs: int, sizes: Sequence[str]) -> None:

@@ -40,6 +40,15 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, their names durable."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Create or overwrite a file and force it to disk (the name is durable only once its directory is synced)."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -109,7 +118,11 @@ def seal(document: dict[str, Any], *, where: object) -> bytes:
     # Through text once, so that the digest is taken of what a reader will parse (tuples become lists, keys strings).
     plain = json.loads(to_json(document, where=where))
     text = to_json(plain, where=where)
-    return json.dumps({**plain, _SEAL: hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True).encode() + b"\n"
+    return _written({**plain, _SEAL: hashlib.sha256(text.encode()).hexdigest()})
+
+
+def _written(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def unseal(data: bytes, *, where: object) -> dict[str, Any]:
@@ -132,6 +145,8 @@ def unseal(data: bytes, *, where: object) -> dict[str, Any]:
         raise RunError("file is damaged: a number is not finite or a text not valid", where=where, got=str(error), remedy=remedy) from error
     if found != recorded:
         raise RunError("file is damaged: content and digest differ", where=where, expected=recorded[:16], got=found[:16], remedy=remedy)
+    if _written({**document, _SEAL: recorded}) != data:  # a lost newline, or E for e in a number
+        raise RunError("file is damaged: not written as a digest is", where=where, expected="the bytes that were written", remedy=remedy)
     return document
 
 

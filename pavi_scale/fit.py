@@ -10,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pavi_scale.cohort import Cohort, Origin, open_cohort
+from pavi_scale.cohort.foreign import is_url
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
 from pavi_scale.memory import format_bytes
@@ -22,9 +24,9 @@ from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.progress import Progress
-from pavi_scale.recording import encoding_from, encoding_record, find_model, record, reopen_cohort
+from pavi_scale.recording import encoding_from, encoding_record, find_model, read_record, record, reopen_cohort
 from pavi_scale.rows import Rows
-from pavi_scale.run import Run
+from pavi_scale.run import OWN_DIRECTORIES, Run, local_path
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.runtime import Client, DaskEngine
@@ -90,6 +92,7 @@ def fit(
     opened = open_cohort(cohort, model)
     study = make_study(opened, config, client)
     opened.check_values(limit_bytes=CHECKED_FIRST)
+    check_apart(opened, run)
     directory = Run.create(run)
     check_disk(study, directory)
     with directory.lock():
@@ -115,7 +118,7 @@ def resume(run: str | os.PathLike[str], *, model: Model | None = None, client: C
     """
     began = time.monotonic()
     directory = Run.open(run)
-    study_record = directory.read_study()
+    study_record = read_record(directory)
     if directory.generation is not None and directory.state().get("phase") == "done":
         return open_posterior(run, model=model)
     found = find_model(study_record, model, directory)
@@ -145,6 +148,15 @@ def check_options(seed: int, max_time: float | None, device: str) -> None:
         raise InputError("the time allowed must be a positive number of seconds, or None", where="max_time", got=repr(max_time))
     if device not in ("auto", "cpu"):
         raise InputError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
+
+
+def check_apart(cohort: Cohort, run: str | os.PathLike[str] | None) -> None:
+    """Refuse a cohort that lies where the run keeps files of its own: a later fit would clear it away."""
+    if run is None or cohort.source is None or is_url(cohort.source):
+        return
+    place, source = local_path(run).resolve(), Path(cohort.source).resolve()
+    if source.is_relative_to(place) and source.relative_to(place).parts[:1] in [(name,) for name in OWN_DIRECTORIES]:
+        raise InputError("the cohort lies among the run's own files", where=f"run {str(place)!r}", got=str(source), remedy="choose another run path")
 
 
 def check_disk(study: Study, run: Run) -> None:
@@ -219,15 +231,23 @@ def train(
     trainer = Trainer(computation, engine, int(config["seed"]), deadline, bar.update, began)
     if study.settings.free:
         def checkpoint(state: dict[str, np.ndarray], step: int) -> None:
-            run.commit(state, {"phase": "training", "step": step})
+            run.commit(state, {"phase": "training", "step": step, "trace": finite_trace(trainer.trace), "trace_seconds": trainer.seconds})
 
+        if resumed is not None:  # the trace goes on where it was cut
+            trainer.trace += [(stage, math.nan if value is None else value) for stage, value in facts.get("trace", [])]
+            trainer.seconds += facts.get("trace_seconds", [])
         fitted = Rows(trainer).fit(checkpoint, resumed)
     else:
         fitted = trainer.marginal(study.trained)
-    facts = facts_of(fitted, time.monotonic() - began, deadline)
+    facts = {**facts_of(fitted, time.monotonic() - began, deadline), "skipped": trainer.skips.total}
     run.commit(fitted.state, facts)
-    run.log("trained", seconds=facts["seconds"], converged=facts["converged"])
+    run.log("trained", seconds=facts["seconds"], converged=facts["converged"], skipped=facts["skipped"])
     return fitted.state, facts
+
+
+def finite_trace(trace: list[tuple[str, float]]) -> list[list[Any]]:
+    """(stage, bound) as JSON: None where it is not finite."""
+    return [[stage, value if math.isfinite(value) else None] for stage, value in trace]
 
 
 def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
@@ -235,7 +255,6 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
     khat = fitted.khat if math.isfinite(fitted.khat) else None
     late = time.monotonic() > deadline
     few = fitted.history if fitted.history and len(fitted.history[0][1]) <= TRACED else []
-    trace = [[stage, value if math.isfinite(value) else None] for stage, value in fitted.trace]
     return {
         "phase": "trained",
         "converged": bool(fitted.converged and not late),
@@ -243,7 +262,7 @@ def facts_of(fitted: Fitted, seconds: float, deadline: float) -> dict[str, Any]:
         "modes": fitted.modes,
         "efficiency": fitted.efficiency,
         "lost": fitted.lost,
-        "trace": trace,
+        "trace": finite_trace(fitted.trace),
         "trace_seconds": fitted.seconds,
         "history": {"step": [i for i, _, _ in few], "loc": [loc.tolist() for _, loc, _ in few], "sd": [sd.tolist() for _, _, sd in few]},
         "seconds": seconds,

@@ -76,8 +76,9 @@ class Holder:
         """The holder is presumed to work still: it did not release, fall silent or, on this machine, die."""
         if self.released or self.silent_for > STALE_AFTER:
             return False
-        if self.document.get("machine") == _machine():
-            return _process_start(int(self.document["pid"])) == self.document.get("start")
+        pid = self.document.get("pid")
+        if self.document.get("machine") == _machine() and type(pid) is int:
+            return _process_start(pid) == self.document.get("start")
         return True
 
     def __str__(self) -> str:
@@ -200,8 +201,11 @@ class Lease:
         current = newest(self.directory)
         if current is not None and current.token == self.token:
             # The file stays, so that the next token is higher.
-            with contextlib.suppress(OSError):
+            try:
                 replace_bytes(self._path, seal({**self._document, "released": True}, where=self._path))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.utime(self._path, (0, 0))  # a full disk has room for this: silent for long is as good as released
 
     def __enter__(self) -> Lease:
         return self

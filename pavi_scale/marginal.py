@@ -246,6 +246,8 @@ def refit(
         value, _ = bound(fresh, False)
         points, values = np.concatenate([points, fresh]), np.concatenate([values, np.where(np.isfinite(value), value, -np.inf)])
         counts.append(len(fresh))
+        if not np.isfinite(values).any():
+            raise NumericalError("the bound is not finite at any point near the mode", expected="a finite log-density", got=f"{len(values)} non-finite values")
         share = np.log(np.asarray(counts) / sum(counts))
         log_q = logsumexp(np.stack([p.log_prob(points) + s for p, s in zip(proposals, share, strict=True)]), axis=0)
         log_w, khat = smooth(values - log_q)

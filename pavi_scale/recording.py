@@ -8,15 +8,20 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pavi_scale.cohort import Cohort, open_cohort
+from pavi_scale.digests import COHORT
 from pavi_scale.errors import RunError
 from pavi_scale.model.template import Model
 from pavi_scale.run import Run
 from pavi_scale.settings import Settings
 from pavi_scale.study import Encoding, Study
 
+COPY = "cohort.zarr"  # of a cohort that lives in memory, in the run
 _known: weakref.WeakValueDictionary[str, Model] = weakref.WeakValueDictionary()
 
 
@@ -41,13 +46,69 @@ def record(run: Run, cohort: Cohort, study: Study, config: Mapping[str, Any]) ->
     module = sys.modules.get(path.split(":")[0]) if path else None
     source = cohort.source
     if source is None or source.startswith("memory:"):
-        source = "cohort.zarr"
+        source = COPY
         cohort.save(run.path / source)
     run.write_study({
         "model": {"import": path, "file": getattr(module, "__file__", None), "fingerprint": fingerprint},
         "cohort": {"source": source, "fingerprint": cohort.fingerprint, "sizes": {**cohort.layout.cardinality, **cohort.event_sizes}},
         "config": dict(config), "settings": settings_record(study.settings), "plan": dict(study.plan.table()),
     })
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", populate_by_name=True)
+    path: str | None = Field(alias="import")
+    file: str | None
+    fingerprint: str
+
+
+class _Cohort(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    source: str = Field(min_length=1)
+    fingerprint: str
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    seed: int = Field(ge=0)
+    encoding: str | dict[str, str]
+    memory: str | int
+    max_time: float | None = None
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    free: list[list[str]]
+    schemes: dict[str, str]
+    structure: dict[str, dict[str, Any]]
+    split: str | None
+    dtype: Literal["float32", "float64"]
+    chunk: int = Field(gt=0)
+    cache_bytes: int = Field(ge=0)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: _Model
+    cohort: _Cohort
+    config: _Config
+    settings: _Settings
+
+
+def read_record(run: Run) -> dict[str, Any]:
+    """What `record` wrote down, every part of it where and what it should be.
+
+    Raises:
+        RunError: Nothing was recorded, or it is damaged.
+    """
+    study = run.read_study()
+    try:
+        _Record.model_validate(study)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = f"{run.path / 'study.json'}, {'.'.join(map(str, fault['loc']))}"
+        raise RunError("the run's study is not one", where=where, got=fault["msg"], remedy="restore the file from a copy, or fit again") from error
+    return study
 
 
 def settings_record(settings: Settings) -> dict[str, Any]:
@@ -70,7 +131,7 @@ def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model
     """The run's model: the one given, one alive in this process, or imported; its fingerprint must be the recorded one."""
     stored = study["model"]
     wanted = stored["fingerprint"]
-    found = model or _known.get(wanted) or import_model(stored)
+    found = model or _known.get(wanted) or import_model(stored, run)
     if found is None:
         raise RunError(
             "the run's model cannot be imported",
@@ -90,8 +151,8 @@ def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model
     return found
 
 
-def import_model(stored: Mapping[str, Any]) -> Model | None:
-    """Import a model by its recorded path, or from its recorded file."""
+def import_model(stored: Mapping[str, Any], run: Run) -> Model | None:
+    """Import a model by its recorded path, or from its recorded file - never one in the run directory: a run that was copied here brings no code."""
     path, file = stored["import"], stored["file"]
     if not path:
         return None
@@ -101,7 +162,7 @@ def import_model(stored: Mapping[str, Any]) -> Model | None:
         if not isinstance(getattr(module, attribute, None), Model):
             raise ImportError(name)
     except ImportError:
-        if not file or not os.path.exists(file):
+        if not file or not os.path.isabs(file) or not os.path.exists(file) or Path(file).resolve().is_relative_to(run.path.resolve()):
             return None
         spec = importlib.util.spec_from_file_location(f"_pavi_{name.replace('.', '_')}", file)
         if spec is None or spec.loader is None:
@@ -115,8 +176,9 @@ def import_model(stored: Mapping[str, Any]) -> Model | None:
 def reopen_cohort(study: Mapping[str, Any], model: Model, run: Run) -> Cohort:
     """The run's cohort; its fingerprint must be the recorded one where it lies outside the run."""
     stored = study["cohort"]
-    if stored["source"] == "cohort.zarr":
-        return open_cohort(run.path / "cohort.zarr", model)
+    if stored["source"] == COPY:
+        COHORT.verify(run.path / COPY)
+        return open_cohort(run.path / COPY, model)
     opened = open_cohort(stored["source"], model)
     if opened.fingerprint != stored["fingerprint"]:
         raise RunError(

@@ -18,9 +18,7 @@ import re
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pavi_scale.durable import disk_errors, file_digest, replace_bytes, seal, sync_directory, sync_file, to_json, unseal, write_bytes
+from pavi_scale.durable import disk_errors, file_digest, make_directory, replace_bytes, seal, sync_directory, sync_file, unseal, write_bytes
 from pavi_scale.errors import NumericalError, RunError
+from pavi_scale.events import append, read
 from pavi_scale.lease import Lease, acquire, guard, newest
 
 FORMAT = "pavi-scale-run"
 VERSION = 1
 READABLE = (1,)
 KEEP = 2
+OWN_DIRECTORIES = ("generations", "posterior.zarr", "posterior.zarr.partial", "posterior.zarr.old", "cohort.zarr", "cohort.zarr.partial")
 _FILES = ("weights.safetensors", "state.json")
 
 # Directories of runs without a path; they live as long as the process.
@@ -99,13 +99,17 @@ class Run:
             path = keeper.name
         run = cls(local_path(path))
         with disk_errors("the run path cannot be written", run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
-            if (run.path / "run.json").exists():
-                run._retire(overwrite)
-            (run.path / "generations").mkdir(exist_ok=True)
+            make_directory(run.path)
             (run.path / "leases").mkdir(exist_ok=True)
-            replace_bytes(run.path / "run.json", seal({"format": FORMAT, "version": VERSION, "generation": None, "manifests": {}}, where=run.path))
+            with guard(run.path / "leases"):  # a contender that takes the lease meanwhile would lose its files
+                if (run.path / "run.json").exists():
+                    run._retire(overwrite)
+                (run.path / "generations").mkdir(exist_ok=True)
+                run._point_nowhere()
         return run
+
+    def _point_nowhere(self) -> None:
+        replace_bytes(self.path / "run.json", seal({"format": FORMAT, "version": VERSION, "generation": None, "manifests": {}}, where=self.path))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
@@ -130,13 +134,13 @@ class Run:
                 got=f"generation {self.generation}",
                 remedy="resume it, remove the directory, or choose another run path",
             )
-        # The pointer goes first: a crash in between leaves a directory without a run, never a run without its files.
-        (self.path / "run.json").unlink()
-        sync_directory(self.path)
-        for name in ("generations", "posterior.zarr", "posterior.zarr.partial", "cohort.zarr"):
+        # The pointer goes first: a crash in between leaves a run that has not begun, which is cleared again; never one with another's files.
+        self._point_nowhere()
+        for name in OWN_DIRECTORIES:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("study.json", "events.jsonl"):
             (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)
 
     def _pointer(self) -> dict[str, Any]:
         where = self.path / "run.json"
@@ -160,6 +164,8 @@ class Run:
                 got=document.get("version"),
                 remedy="use the version of pavi-scale that wrote it",
             )
+        if not _is_pointer(document):
+            raise RunError("file is damaged: not a pointer to a generation", where=where, remedy="restore the file from a copy, or start the run again")
         return document
 
     @property
@@ -218,7 +224,8 @@ class Run:
         try:
             save_file(arrays, aside / "weights.safetensors")
         except SafetensorError as error:
-            raise OSError(f"safetensors: {error}") from error
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else 0, f"safetensors: {error}") from error
         sync_file(aside / "weights.safetensors")
         write_bytes(aside / "state.json", document)
         files = {name: [(aside / name).stat().st_size, file_digest(aside / name)] for name in _FILES}
@@ -249,8 +256,19 @@ class Run:
         state, directory = self._verified(generation)
         try:
             return load_file(directory / "weights.safetensors"), state
-        except (SafetensorError, OSError) as error:
-            raise RunError("weights cannot be read", where=directory, got=str(error)) from error
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, MemoryError) as error:
+            raise RunError("weights cannot be read", where=directory, got=f"{type(error).__name__}: {error}") from error
+
+    def verify(self) -> tuple[int, ...]:
+        """Compare everything but the posterior with its digests; returns the numbers of the generations that are kept.
+
+        Raises:
+            RunError: A file is damaged or missing.
+        """
+        self.read_study()
+        for number in self.kept:
+            self._verified(number)
+        return self.kept
 
     def state(self) -> dict[str, Any]:
         """State of the current generation, verified, without its tensors."""
@@ -299,9 +317,14 @@ class Run:
                 size, digest = manifest["files"][name]
                 if (directory / name).stat().st_size != size or file_digest(directory / name) != digest:
                     raise self._damaged(number, f"{name} differs from its digest")
-            return unseal((directory / "state.json").read_bytes(), where=directory / "state.json")["state"]
+            state = unseal((directory / "state.json").read_bytes(), where=directory / "state.json")["state"]
         except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
             raise self._damaged(number, str(error)) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(number, f"manifest or state lacks what belongs there: {error}") from error
+        if not isinstance(state, dict):
+            raise self._damaged(number, "the state is no mapping")
+        return state
 
     # -- study, log, lease ------------------------------------------------------------------------------------------
 
@@ -320,29 +343,18 @@ class Run:
         if not where.is_file():
             raise RunError("the run does not say what was fitted", where=where, remedy="fit again with the same run path")
         with disk_errors("the study cannot be read", where):
-            return unseal(where.read_bytes(), where=where)["study"]
+            study = unseal(where.read_bytes(), where=where).get("study")
+        if not isinstance(study, dict):
+            raise RunError("file is damaged: no study in it", where=where, remedy="restore the file from a copy, or start the run again")
+        return study
 
     def log(self, event: str, **fields: object) -> None:
-        """Append one event to the log: `event`, `time` (seconds since the epoch) and the fields."""
-        line = to_json({"event": event, "time": time.time(), **fields}, where=f"event {event!r}").encode() + b"\n"
-        with disk_errors("the log cannot be written", self.path / "events.jsonl"):
-            handle = os.open(self.path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                size = os.fstat(handle).st_size
-                # A crash may have torn the last line; the new one must not continue it.
-                torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-                os.write(handle, b"\n" + line if torn else line)
-            finally:
-                os.close(handle)
+        """Append one event to the log (see `pavi_scale.events`)."""
+        append(self.path / "events.jsonl", event, fields)
 
     def events(self) -> list[dict[str, Any]]:
-        """The log, oldest first; a line torn by a crash is left out."""
-        path = self.path / "events.jsonl"
-        found = []
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            with contextlib.suppress(JSONDecodeError, UnicodeDecodeError):
-                found.append(loads(line))
-        return found
+        """The log, oldest first; a line that a crash tore or that is damaged is left out."""
+        return read(self.path / "events.jsonl")[0]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[Lease]:
@@ -357,6 +369,13 @@ class Run:
                 yield lease
             finally:
                 self._lease = None
+
+
+def _is_pointer(document: Mapping[str, Any]) -> bool:
+    number, manifests = document.get("generation"), document.get("manifests")
+    if not isinstance(manifests, dict) or not all(k.isdecimal() and k.isascii() and isinstance(v, str) for k, v in manifests.items()):
+        return False
+    return number is None or (type(number) is int and str(number) in manifests)
 
 
 def _storable(name: str, value: np.ndarray) -> np.ndarray:

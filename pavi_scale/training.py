@@ -21,15 +21,18 @@ from scipy.stats import norm, qmc
 from pavi_scale.batching import batches, shards, splittable
 from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
 from pavi_scale.diagnosing import EFFECTIVE
+from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import coordinates, dense_rest
 from pavi_scale.guide.root import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
+from pavi_scale.nonfinite import Skips, shards_without, where_from
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
+from pavi_scale.settings import precision
 from pavi_scale.starts import highest, renumbered, start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
@@ -106,6 +109,7 @@ class Trainer:
     explored: dict[bytes, tuple[dict[str, np.ndarray], float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    skips: Skips = field(default_factory=Skips)
 
     def tasks(self, **extra: Any) -> list[dict[str, Any]]:
         """One task per shard of the cohort."""
@@ -126,9 +130,25 @@ class Trainer:
         prior = self.study.space.log_prior(z)
         value = prior.detach().numpy() + sum(a["bound"] for a in answers)
         if not gradient:
+            self.skips.saw(np.isfinite(value), partial(self.nowhere_finite, points[0]))
             return value, None
         (own,) = torch.autograd.grad(prior.sum(), z, allow_unused=True, materialize_grads=True) if prior.requires_grad else (torch.zeros_like(z),)
-        return value, own.numpy() + sum(a["gradient"] for a in answers)
+        slope = own.numpy() + sum(a["gradient"] for a in answers)
+        self.skips.saw(np.isfinite(value) & np.isfinite(slope).all(-1), partial(self.nowhere_finite, points[0]))
+        return value, slope
+
+    def nowhere_finite(self, point: np.ndarray) -> NumericalError:
+        """The error of a bound that is not finite at a root point `[R]` and others: with the variable and plate indices."""
+        if not np.isfinite(point).all():
+            return NumericalError("the bound is not finite", where="root variables", expected="finite values", remedy="report this, with the model")
+        tasks = self.tasks(gradient=True, weighted=False)
+        bad = shards_without(self.engine.round("bound", {**self.state, "points": np.ascontiguousarray(point[None])}, tasks))
+        with precision(torch.float64):
+            where = where_from(self.study, tasks[bad[0]], point) if bad else "the laws of the root variables"
+        return NumericalError(
+            "the bound is not finite", where=where, expected="a finite log-density", got=f"{self.skips.total} evaluations that are not",
+            remedy="check the law's parameters and support against the data and covariates of these units",
+        )
 
     def tell(self, stage: str, value: float) -> None:
         """Record one step."""
@@ -160,10 +180,13 @@ class Trainer:
         if spread < ALIKE or space.dim > 40 or limit < 20 * space.dim:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
-        pool = refit(
-            lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
-            target=min(1500.0, max(500.0, limit / 4)), max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
-        )
+        try:
+            pool = refit(
+                lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
+                target=min(1500.0, max(500.0, limit / 4)), max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
+            )
+        except NumericalError as error:
+            raise self.nowhere_finite(mode) from error
         return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
 
     def _search(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -178,10 +201,13 @@ class Trainer:
         starts = draws[: 64 if cost < 0.05 else 16]
         if len(centres):
             starts = highest(centres[: 1 + followed], partial(self.bound, sample=first), explore, min(2, followed))
-        found = find_mode(
-            partial(self.bound, sample=first), starts, starts=followed, max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)),
-            deadline=self.deadline, on_step=self.tell, on_start=explore, unit=scale if len(centres) else None,
-        )
+        try:
+            found = find_mode(
+                partial(self.bound, sample=first), starts, starts=followed, max_evaluations=int(np.clip(SEARCH_SECONDS / cost, 30, 200)),
+                deadline=self.deadline, on_step=self.tell, on_start=explore, unit=scale if len(centres) else None,
+            )
+        except NumericalError as error:
+            raise self.nowhere_finite(starts[0]) from error
         explore(found[0][0])
         self.explored.clear()
         mode, cov, converged = polish(partial(self.bound, sample=first), found[0][0], scale, 4)
@@ -303,14 +329,18 @@ class Trainer:
             units, weight = next(source)
             task = {"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}
             (answer,) = self.engine.round("correct", {**self.state, "points": points[at % len(points)]}, [task])
-            self._ascend(adam, answer, 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            self._ascend(adam, answer, points[at[0] % len(points)], 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             self.tell("correct", float(answer["elbo"]))
 
-    def _ascend(self, adam: Adam, answer: Mapping[str, np.ndarray], rate: float) -> None:
+    def _ascend(self, adam: Adam, answer: Mapping[str, np.ndarray], point: np.ndarray, rate: float) -> None:
         adam.rate = rate
         grads = {k.removeprefix("grad/"): v for k, v in answer.items() if k.startswith("grad/")}
-        if not all(np.isfinite(g).all() for g in grads.values()):
+        finite = np.array(all(np.isfinite(g).all() for g in grads.values()))
+        self.skips.saw(finite, partial(self.nowhere_finite, point))
+        if not finite:
+            self.state.update(self.skips.back() or {})
             return
+        self.skips.keep({k: v for k, v in self.state.items() if k.startswith("correction/")})
         norm_all = math.sqrt(sum(float((g * g).sum()) for k, g in grads.items() if k.startswith("correction/")))
         for name, g in grads.items():
             rows = answer.get(f"at/{name}")

@@ -22,7 +22,7 @@ from pavi_scale.posterior.groups import table_group, trace_group
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.posterior.sampler import Context, set_loader
 from pavi_scale.posterior.store import PosteriorWriter
-from pavi_scale.recording import find_model, record, reopen_cohort, settings_from
+from pavi_scale.recording import find_model, read_record, record, reopen_cohort, settings_from
 from pavi_scale.run import Run
 from pavi_scale.sampling import GuideSampler
 from pavi_scale.server.local import LocalEngine
@@ -125,7 +125,7 @@ def make_context(computation: StudyComputation, state: Mapping[str, np.ndarray],
 def load_context(path: str, model: Model | None = None, computation: StudyComputation | None = None) -> Context:
     """The context of a run on disk."""
     run = Run.open(path)
-    study = run.read_study()
+    study = read_record(run)
     found = find_model(study, model, run)
     if run.generation is None:
         raise RunError("the run has no weights yet", where=run.path, remedy="resume it")

@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.errors import ZarrUserWarning
 
 from pavi_scale.cohort import scan, schema
+from pavi_scale.cohort.foreign import is_url
 from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, as_index, reading
 from pavi_scale.cohort.source import Origin, Source, open_source
+from pavi_scale.digests import COHORT, MANIFEST
+from pavi_scale.durable import disk_errors, sync_directory
 from pavi_scale.errors import CohortError
 from pavi_scale.model.template import Model
 from pavi_scale.plates import Layout, ancestors
@@ -185,9 +193,25 @@ class Cohort:
         return CohortSpec(self.source, self._options, dataset, {**self.layout.cardinality, **self.event_sizes})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the Dataset, labels included, as a Zarr store; what is there is replaced."""
+        """Write the Dataset, labels included, as a Zarr store with checksums and a manifest; what is there is replaced.
+
+        Raises:
+            RunError: The disk fails.
+        """
+        path = Path(path)
+        aside = path.with_name(f"{path.name}.partial")
         labels = {n: c.astype(object) for n, c in self.dataset.coords.items() if c.dtype.kind == "U"}
-        self.dataset.assign_coords(labels).drop_encoding().to_zarr(os.fspath(path), mode="w", consolidated=False, zarr_format=3)
+        dataset = self.dataset.assign_coords(labels).drop_encoding()
+        encoding: dict[Any, dict[str, Any]] = {n: {"compressors": (ZstdCodec(), Crc32cCodec()), "write_empty_chunks": True} for n in dataset.variables}
+        with disk_errors("the cohort cannot be written", path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZarrUserWarning)  # consolidated metadata: plain xarray reads it, the specification lacks it yet
+            shutil.rmtree(aside, ignore_errors=True)
+            dataset.to_zarr(aside, mode="w", consolidated=True, zarr_format=3, encoding=encoding)
+            COHORT.write(aside, {})
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(aside, path)
+            sync_directory(path.parent)
 
     def __repr__(self) -> str:
         sizes = {**self.layout.cardinality, **self.event_sizes}
@@ -242,6 +266,10 @@ def open_cohort(source: Origin, model: Model, *, storage_options: Mapping[str, A
         >>> open_cohort(xr.Dataset({"x": ("obs", np.zeros(3))}), model).layout
         Layout(obs=3)
     """
+    if isinstance(source, (str, os.PathLike)) and not is_url(os.fspath(source)):
+        place = Path(os.path.expanduser(source))
+        if (place / MANIFEST).exists():
+            COHORT.verify(place, content=False)
     return Cohort(model, open_source(source, storage_options), storage_options)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from pavi_scale.cohort.foreign import arrays_of, check_arrays, check_seal, is_url
 from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader
 from pavi_scale.errors import CohortError
 
@@ -51,11 +52,6 @@ def _is_plain(variable: xr.Variable, array: ZarrArray) -> bool:
     return variable.dtype == np.dtype(array.dtype) and nan_only and not any(key in coding for key in _CODING)
 
 
-def is_url(path: str) -> bool:
-    """Whether a string names a store by URL rather than a local path."""
-    return "://" in path or "::" in path
-
-
 def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> Source:
     """Open a Dataset, path or URL; nothing but metadata and dimension coordinates is read.
 
@@ -73,13 +69,14 @@ def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> So
             raise CohortError("storage options are for URLs", where=f"cohort {label!r}", got=f"options {sorted(storage_options)}", remedy="drop them")
     try:
         group = zarr.open_group(label, mode="r", storage_options=dict(storage_options) if storage_options else None)
-        arrays = dict(group.arrays())
+        arrays = arrays_of(group, label)
+    except CohortError:
+        raise
     except STORE_ERRORS as error:
         raise _unreadable(label, error) from error
-    simulation = group.attrs.get("pavi_simulation")
-    if isinstance(simulation, dict) and simulation.get("complete") is False:
-        raise CohortError("simulated cohort is incomplete", where=f"cohort {label!r}", got="a simulation that was cut short", remedy="run ps.simulate again")
+    check_seal(label, dict(group.attrs))
     _check_dimensions(label, arrays)
+    check_arrays(label, arrays)
     try:
         consolidated = group.metadata.consolidated_metadata is not None
         # Neither dask's graph nor xarray's cache: `dataset` stays lazy however much of it was looked at.

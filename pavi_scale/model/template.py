@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch.distributions import Distribution
 
 from pavi_scale.errors import ModelError
@@ -19,6 +20,7 @@ from pavi_scale.plates import Plate, ancestors
 
 Law = Callable[..., Distribution]
 Kind = Literal["latent", "observed", "covariate"]
+LONGEST_NAME = 120  # bytes; file systems allow 255, and names get suffixes
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Model(Simulated, Drawn):
             if plate.name in self.plates:
                 raise ModelError("plate named twice", where=f"plate {plate.name!r}", remedy="give each plate its own name")
             self.plates[plate.name] = plate
-        self.sizes = {name: int(size) for name, size in (sizes or {}).items()}
+        self.sizes = {name: _checked_size(name, size) for name, size in (sizes or {}).items()}
         named = {name: _bind(name, variable) for name, variable in variables.items()}
         _check_plates(self.plates)
         _check_variables(self.plates, named)
@@ -199,9 +201,24 @@ def _check_plates(plates: Mapping[str, Plate]) -> None:
                 todo.extend(plates[parent].within)
 
 
+def _checked_size(name: str, size: object) -> int:
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+        raise ModelError("a size is a positive integer", where=f"sizes[{name!r}]", got=repr(size)[:200])
+    return int(size)
+
+
+def _check_name(name: object, where: str) -> None:
+    """Names become names of files and of parameters."""
+    if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > LONGEST_NAME:
+        expected = f"a Python identifier of at most {LONGEST_NAME} bytes"
+        raise ModelError("a name is not usable", where=where, expected=expected, got=repr(name)[:200], remedy="rename it")
+
+
 def _check_variables(plates: Mapping[str, Plate], variables: Mapping[str, Variable]) -> None:
     for v in variables.values():
         where = f"variable {v.name!r}"
+        for name in (v.name, *v.plates, *v.dims):
+            _check_name(name, where)
         for plate in v.plates:
             if plate not in plates:
                 raise ModelError(

@@ -22,7 +22,7 @@ from zarr.errors import ZarrUserWarning
 
 from pavi_scale.durable import disk_errors, sync_directory
 from pavi_scale.errors import NumericalError, RunError
-from pavi_scale.posterior.integrity import MANIFEST, missing_chunks, write_manifest
+from pavi_scale.posterior.integrity import MANIFEST, expected_chunks, missing_chunks, write_manifest
 from pavi_scale.posterior.sampler import Context, Latent
 
 NAME = "posterior.zarr"
@@ -87,7 +87,8 @@ class PosteriorWriter:
             chunks: Plate -> chunk length.
             shards: Plate -> shard length (a multiple of the chunk length); without it each chunk is its own file.
             attributes: JSON values, kept in the store's attributes.
-            keep: Go on with a partial store that an interrupted pass left, if there is one with the same arrays.
+            keep: Go on with a partial store that an interrupted pass left, if there is one with the same arrays. Chunks that a power failure
+                damaged (nothing is forced to disk before `finish`) count as not written.
 
         Raises:
             RunError: The disk is full or not writable, or a shard is no multiple of its chunk.
@@ -95,6 +96,7 @@ class PosteriorWriter:
         writer = cls(run_path)
         with disk_errors("the posterior cannot be created", writer.path):
             if keep and writer._matches(context, chunks or {}, shards or {}):
+                writer._drop_damaged()
                 return writer
             if writer.path.exists():
                 shutil.rmtree(writer.path)
@@ -136,6 +138,20 @@ class PosteriorWriter:
                 if array.shape != v.shape or array.dtype != v.dtype or (array.shards or array.chunks) != shard or array.chunks != chunk:
                     return False
         return True
+
+    def _drop_damaged(self) -> None:
+        """Remove chunk files whose crc32c does not hold."""
+        root = zarr.open_group(self.path, mode="r", use_consolidated=False)
+        for name, array in root.members(max_depth=None):
+            if not isinstance(array, zarr.Array) or name.split("/")[0] not in MOMENTS:
+                continue
+            unit = array.shards or array.chunks
+            for key in expected_chunks(array):
+                at = [int(i) for i in key.split("/")[1:]]
+                try:
+                    array[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, unit, strict=True))]
+                except (ValueError, RuntimeError):
+                    (self.path / name / key).unlink(missing_ok=True)
 
     @classmethod
     def open(cls, run_path: str | os.PathLike[str]) -> PosteriorWriter:
@@ -241,17 +257,14 @@ class PosteriorWriter:
         Raises:
             RunError: A region was never written, or the disk fails.
         """
-        root = zarr.open_group(self.path, mode="r+", use_consolidated=False)
-        groups = [name for name, _ in root.groups()]
-        attributes = dict(root.attrs)
-        with warnings.catch_warnings():
+        with disk_errors("the posterior cannot be completed", self.path), warnings.catch_warnings():
             # Plain xarray reads it; zarr warns because the specification does not have it yet.
             warnings.simplefilter("ignore", ZarrUserWarning)
-            for name in groups:
+            root = zarr.open_group(self.path, mode="r+", use_consolidated=False)
+            for name in [name for name, _ in root.groups()]:
                 zarr.consolidate_metadata(self.path, path=name)
             zarr.consolidate_metadata(self.path)
-        write_manifest(self.path, attributes)
-        with disk_errors("the posterior cannot take its name", self.run_path):
+            write_manifest(self.path, dict(root.attrs))
             return settle(self.run_path)
 
     @property
@@ -280,7 +293,11 @@ def settle(run_path: Path) -> Path:
         if final.exists():
             shutil.rmtree(retired, ignore_errors=True)
             os.rename(final, retired)
-        os.rename(partial, final)
+        try:
+            os.rename(partial, final)
+        except FileNotFoundError:  # a reader, or the writer, has done it meanwhile
+            if not final.exists():
+                raise
         sync_directory(run_path)
     if final.exists():
         shutil.rmtree(retired, ignore_errors=True)

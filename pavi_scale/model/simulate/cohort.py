@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import LocalStore
 
+from pavi_scale.digests import COHORT
 from pavi_scale.model.protocol import ModelLike
 from pavi_scale.model.simulate.design import plan
 from pavi_scale.model.simulate.generate import generate
@@ -103,12 +106,16 @@ def simulate(
         root.attrs["pavi_simulation"] = about
         for group in (root, truth):
             if design.coords:
-                xr.Dataset(coords=design.coords).to_zarr(group.store, group=group.path, mode="a", zarr_format=3, consolidated=False)
+                labels = xr.Dataset(coords=design.coords)
+                checked: dict[Any, dict[str, Any]] = {n: {"compressors": (Crc32cCodec(),), "write_empty_chunks": True} for n in labels.variables}
+                labels.to_zarr(group.store, group=group.path, mode="a", zarr_format=3, consolidated=False, encoding=checked)
         sink = Stored(root, truth, chunk_lengths(design, chunks or {}, np.dtype(dtype).itemsize))
         generate(design, sink, seed, np.dtype(dtype))
-        root.attrs["pavi_simulation"] = {**about, "complete": True}
+        root.attrs["pavi_simulation"] = {**about, "complete": True, "sealed": isinstance(root.store, LocalStore)}
         for group in (truth, root):
             zarr.consolidate_metadata(group.store, path=group.path)
+        if isinstance(root.store, LocalStore):
+            COHORT.write(root.store.root, {"model": about["model"]})
         return xr.open_dataset(target, engine="zarr", chunks=None, cache=False)
 
 

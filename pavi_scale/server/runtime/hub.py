@@ -176,7 +176,7 @@ class Hub:
                     break
         except OSError as error:  # CommClosedError is one: the worker died, or left
             logger.debug("connection from %s closed: %s", comm.peer_address, error)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, WorkerError) as error:
             logger.warning("dropped the connection from %s: malformed message (%s: %s)", comm.peer_address, type(error).__name__, error)
         finally:
             self._comms.discard(comm)

@@ -42,11 +42,25 @@ def pack(arrays: Mapping[str, np.ndarray]) -> Message:
 
 
 def unpack(message: Message) -> dict[str, np.ndarray]:
-    """The arrays of `pack`, copied to aligned memory of their own: frames lie anywhere in the receive buffer."""
+    """The arrays of `pack`, copied to aligned memory of their own: frames lie anywhere in the receive buffer.
+
+    Raises:
+        WorkerError: The message is not one of `pack`; nothing larger than what came is allocated.
+    """
+    try:
+        return _unpacked(message)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, OverflowError, MemoryError) as error:
+        raise WorkerError("a message is damaged", where="arrays", expected="named plain arrays", got=f"{type(error).__name__}: {error}") from error
+
+
+def _unpacked(message: Message) -> dict[str, np.ndarray]:
     data, start, out = message["data"], 0, {}
     frames = iter(data.frames) if isinstance(data, Serialized) else None
     for name, code, shape in message["arrays"]:
         dtype = np.dtype(code)
+        plain = isinstance(name, str) and isinstance(code, str) and dtype.kind not in "OV" and dtype.itemsize
+        if not plain or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"array {name!r} of dtype {code!r} and shape {shape!r}")
         size = math.prod(shape) * dtype.itemsize
         if not size:
             out[name] = np.empty(shape, dtype)
@@ -93,13 +107,14 @@ def rebuild(message: Message, where: str) -> PaviError:
         message: From `describe`.
         where: The story of the task.
     """
-    for name in message["types"]:
-        cls = getattr(errors, name, None)
+    types = message.get("types")
+    for name in types if isinstance(types, (list, tuple)) else ():
+        cls = getattr(errors, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, PaviError):
-            error = cls(message["what"], **{field: message[field] for field in _FIELDS[1:]})
+            error = cls(str(message.get("what")), **{field: message.get(field) for field in _FIELDS[1:]})
             error.add_note(where)
             return error
-    return WorkerError("a task failed on a worker", where=where, got=message["got"], remedy="run it in process (no client) to debug it")
+    return WorkerError("a task failed on a worker", where=where, got=message.get("got"), remedy="run it in process (no client) to debug it")
 
 
 async def ask(comm: Comm, **message: Any) -> Message:
