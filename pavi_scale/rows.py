@@ -124,7 +124,9 @@ class Rows:
                 found_there, root = Rows(replace(self.trainer, study=small, engine=engine)).search()
             fresh = self.upper.initial(root, self.rows_at(root, 0))
             sites = Sites(fresh.loc, fresh.precision, found_there.root, found_there.pull, found_there.root_precision)
-            sites, root, _ = self.follow(sites, self.upper.centre(sites, root), LOOK, 1000)
+            # Such sites say nothing of the joined roots yet: rows are looked at where the root says.
+            centre = replace(self.upper.centre(sites, root), root=root, loc=fresh.loc)
+            sites, root, _ = self.follow(sites, centre, LOOK, 1000)
             return sites, root
         starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
         starts = starts[:CENTRED_STARTS] if len(starts) else self.draws[:PRIOR_STARTS]
