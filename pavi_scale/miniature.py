@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import xarray as xr
 
-from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.rng import stream
 from pavi_scale.settings import make_graph
@@ -71,8 +69,5 @@ def miniature(study: StudyComputation, seed: int) -> StudyComputation | None:
     few[split] = min(first_selection(study, few), layout.cardinality[split])
     rng = np.random.default_rng(stream(seed, "miniature") % 2**63)
     units = {p: np.sort(rng.choice(layout.cardinality[p], n, replace=False)) for p, n in few.items()}
-    data = {}
-    for v in model.of_kind("observed", "covariate"):
-        data[v.name] = (*v.plates, *v.dims), study.cohort.read(v.name, {p: units[p] for p in v.plates if p in units})
-    part = open_cohort(xr.Dataset(data), model)
+    part = study.cohort.part(units)
     return StudyComputation(make_graph(part), part, study.settings)

@@ -136,7 +136,9 @@ def make_plan(guide: Guide, layout: Layout, data_bytes: int, budget: int, *, pro
             got=f"at least {format_bytes(PROCESS_BYTES + tables + index + smallest)}", remedy="raise memory=, or use a smaller model",
         )
     chunk = max(whole if needs_whole else 1024, min(chunk, int(0.5 * room / per_unit)))
-    cache = min(2 * data_bytes, max(0, room - chunk * per_unit) // 2)
+    # What cannot be kept whole is read anew in every pass, however much of it is kept: then tasks at the same time are worth more.
+    kept = room - chunk * per_unit if 2 * data_bytes <= room - chunk * per_unit else room - lanes * chunk * per_unit
+    cache = min(2 * data_bytes, max(0, kept) // 2)
     lanes = max(1, min(lanes, (room - cache) // max(1, chunk * per_unit)))
     disk = sum(2 * n * (4 if n > 1_000_000 else 8) for n in latents.values())
     method = {}

@@ -85,11 +85,12 @@ class Rows:
         """Sites and root posterior."""
         if resumed is None:
             sites, root, step = *self.search(), 1
-            self.save(on_checkpoint, sites, root, step)
+            settled = False
+            self.save(on_checkpoint, sites, root, step, settled)
         else:
             sites, root, step = Sites.of(resumed[0]), np.array(resumed[0]["root/loc"]), resumed[1]
             self.starts = {k: np.array(v) for k, v in resumed[0].items() if k.startswith("start/")}
-        settled, left = False, Residual(math.inf, math.inf, math.inf)
+            settled = bool(resumed[0]["rows/settled"])
         last = len(self.sizes) - 1
         while not settled and step < last + PASSES and time.monotonic() < self.trainer.deadline:
             centre = self.upper.solve(sites, root)
@@ -103,7 +104,7 @@ class Rows:
                 sites, root = self.refresh(sites, root, step)
             step += 1
             settled = step > last + 1 and left.typical < CALM and left.worst < WORST and ROOT_ERROR * left.root < CALM
-            self.save(on_checkpoint, sites, root, step)
+            self.save(on_checkpoint, sites, root, step, settled)
         centre = self.upper.solve(sites, root)
         return self.fitted(sites, centre, settled, self.lost(sites, centre))
 
@@ -231,9 +232,9 @@ class Rows:
         self.trainer.tell(stage, value)
         return value
 
-    def save(self, on_checkpoint: Checkpoint, sites: Sites, root: np.ndarray, step: int) -> None:
+    def save(self, on_checkpoint: Checkpoint, sites: Sites, root: np.ndarray, step: int, settled: bool) -> None:
         """Everything that the next round needs."""
-        on_checkpoint({**sites.arrays(), **self.starts, "root/loc": root}, step)
+        on_checkpoint({**sites.arrays(), **self.starts, "root/loc": root, "rows/settled": np.asarray(float(settled))}, step)
 
     def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
         """The guide's state: rows, and the root given them - refitted by importance where it is small, else its best Gaussian."""

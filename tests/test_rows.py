@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
-from pavi_scale import miniature, rows, study
+from pavi_scale import miniature, rows, sites, study
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
@@ -152,3 +153,52 @@ def test_intervals_of_a_small_cortical_study_hold_the_truth(tmp_path):
     assert wrong < 0.75  # intervals of half the width would be seen
     correct = (order[mean["label_logits"].values.argmax(-1)] == truth["label_logits"].values.argmax(-1)).mean()
     assert correct > 0.6
+
+
+def test_roots_that_are_gaussian_given_the_others_join_their_component(monkeypatch):
+    model, data = groups()
+    free(monkeypatch, "group")
+    made = Rows(trainer(model, data)).upper
+    assert made.joined == ["mu"]
+    assert len(made.rest) == made.space.dim - 1
+    monkeypatch.setattr(sites, "with_roots", lambda component, *_: component)
+    apart = Rows(trainer(model, data)).upper
+    assert apart.joined == []
+    start = made.initial(np.zeros(made.space.dim), {"group": np.linspace(-2, 3, 60)[:, None]})
+    start.precision["group"] += 3.0
+    # The marginal of the others with mu integrated out, against a fine grid over mu of the bound in which it is not.
+    at = made.space.names.index("mu")
+    point = np.full(made.space.dim, -0.3)
+    grid = np.linspace(-6, 6, 4001)
+    points = np.repeat(point[None], len(grid), 0)
+    points[:, at] = grid
+    values = apart.value(start, points)
+    integral = np.logaddexp.reduce(values) + np.log(grid[1] - grid[0])
+    assert made.bound(start, point[None])[0][0] == pytest.approx(integral, abs=1e-6)
+    assert made.value(start, point[None])[0] == pytest.approx(integral, abs=1e-6)
+    mean, sd = made.complete(start, point[None], each=True)
+    weight = np.exp(values - values.max())
+    weight /= weight.sum()
+    assert mean[0, at] == pytest.approx(weight @ grid, abs=1e-6)
+    assert sd[0, at] == pytest.approx(np.sqrt(weight @ (grid - weight @ grid) ** 2), rel=1e-5)
+
+
+def test_a_large_cohort_is_searched_in_miniature(tmp_path, monkeypatch):
+    store = str(tmp_path / "cohort.zarr")
+    make_cohort(store, subjects=40, vertices=300, seed=5)
+    made = study.prepare(open_cohort(store, cortical), seed=5)
+    whole = StudyComputation(made.graph, made.cohort, made.settings)
+    assert miniature.miniature(whole, 0) is None  # not large
+    monkeypatch.setattr(miniature, "LARGE", 1000)
+    monkeypatch.setattr(miniature, "SMALL", 5000)
+    part = miniature.miniature(whole, 0)
+    assert part.layout.cardinality["session"] * part.layout.cardinality["subject"] * 224 <= 5000
+    assert part.layout.cardinality["vertex"] == 300  # as many as the rows of few subjects need
+    x = xr.open_zarr(store, consolidated=False)["x"].values
+    rows_of = part.cohort.read("x").reshape(-1, 32)
+    assert {r.tobytes() for r in rows_of} <= {r.tobytes() for r in x.reshape(-1, 32)}
+    posterior = ps.fit(cortical, store, progress=False, seed=5)
+    truth, mean = xr.open_zarr(store, group="truth", consolidated=False), posterior.datatree["posterior_mean"]
+    order = np.abs(np.corrcoef(truth["mu"].values, mean["mu"].values)[:7, 7:]).argmax(1)
+    assert sorted(order) == list(range(7))
+    assert np.corrcoef(truth["mu_session"].values.ravel(), mean["mu_session"].values[:, :, order].ravel())[0, 1] > 0.99

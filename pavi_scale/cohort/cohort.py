@@ -134,6 +134,15 @@ class Cohort:
         # torch refuses to share read-only memory without a warning.
         return out if out.flags.writeable else out.copy()
 
+    def part(self, units: Mapping[str, np.ndarray]) -> Cohort:
+        """Some units of plates that are not nested, as a cohort in memory.
+
+        Args:
+            units: Plate -> positions wanted, sorted; others are kept whole.
+        """
+        data = {v.name: (self._axes[v.name], self.read(v.name, {p: units[p] for p in v.plates if p in units})) for v in schema.inputs(self.model)}
+        return open_cohort(xr.Dataset(data), self.model)
+
     def _positions(self, axis: str, wanted: np.ndarray | None) -> Index:
         if wanted is None:
             return slice(None)

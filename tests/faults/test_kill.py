@@ -58,7 +58,6 @@ def test_a_different_result_would_be_seen(zygote, undisturbed, tmp_path):
     assert study.digest(tmp_path / "run") != undisturbed["plain"][0]
 
 
-@pytest.mark.xfail(strict=True, reason="pavi_scale/rows.py: that training had settled is not in the checkpoint; a resumed fit makes one more pass")
 def test_a_settled_fit_that_was_cut_before_it_said_so(tmp_path):
     study.begin(tmp_path / "whole", study.SETTLING)
     real = Run.commit
