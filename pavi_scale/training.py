@@ -53,6 +53,7 @@ WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is div
 LEAST_SHARDS = 4
 MISSED = 0.25  # share of a unit's posterior in modes that the guide does not follow, above which it counts as multimodal
 MANY = 0.1  # share of such units that makes the fit so
+FAINT = 12.0  # nats of mass below its unit's best at which a local mode is forgotten
 REMEMBERED = 1_000_000  # local coordinates up to which modes are kept as starts
 
 
@@ -231,12 +232,16 @@ class Trainer:
         key = point.tobytes()
         if key not in self.explored:
             answers, tables = self.engine.round("starts", {"points": point[None]}, self.tasks()), {}
-            for block in (b for c in remembered for b in c.blocks):
-                table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), block.dim))
-                for answer in answers:
-                    if f"start/{block.name}" in answer:
-                        table[answer[f"at/{block.name}"]] = answer[f"start/{block.name}"]
-                tables[f"start/{block.name}"] = table
+            for component in remembered:
+                modes = max(_rivals(a[f"odds/{component.name}"]) for a in answers if f"odds/{component.name}" in a)
+                for block in component.blocks:
+                    table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), modes, 1 + block.dim))
+                    for answer in answers:
+                        if f"start/{block.name}" in answer:
+                            found = answer[f"start/{block.name}"]
+                            # A shard whose units have fewer modes repeats the first, which has the volume of itself.
+                            table[answer[f"at/{block.name}"]] = found[:, [s if s < found.shape[1] else 0 for s in range(modes)]]
+                    tables[f"start/{block.name}"] = table
             missed = [(np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]) > MISSED).mean() for c in remembered]
             self.explored[key] = tables, float(max(missed))
         tables, self.missed = self.explored[key]
@@ -362,6 +367,11 @@ class Trainer:
         weight = {p: -(-layout.cardinality[p] // cells[p]) / max(1, size // cells[p]) for p, size in sizes.items()}
         for chosen in batches(layout, sizes, self.seed, cells):
             yield chosen, weight
+
+
+def _rivals(odds: np.ndarray) -> int:
+    """How many modes are worth remembering, of log masses `[n, S]` less that of the first: those that hold something in some unit."""
+    return int((odds.max(0, initial=-math.inf) > -FAINT).sum())
 
 
 __all__ = ["Fitted", "Pool", "Trainer"]

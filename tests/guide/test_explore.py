@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.mode import explore, find_mode
+from pavi_scale.guide.exploring import explore
+from pavi_scale.guide.mode import find_mode
 from pavi_scale.noise import generator_noise
 from pavi_scale.starts import renumbered
 from pipelines import gm
@@ -26,14 +27,14 @@ def test_exploring_finds_a_mode_above_the_truth_where_one_search_does_not():
     coordinates = {n: study.graph.links[n].inverse(t) for n, t in parts.items()}
     at_truth = local.log_terms({"group": local.join(local.blocks["group"], coordinates)})
     alone = local.log_terms(find_mode(local))
-    found, missed = explore(local, generator_noise(0, torch.float64), 16)
-    value = local.log_terms(found)
+    found = explore(local, generator_noise(0, torch.float64), 16)
+    value = local.log_terms({b: z[:1] for b, z in found.modes.items()})
     assert (value > at_truth).all()
     assert float((value - alone).max()) > 10  # nats: a component of one group stays empty in the plain search
-    assert ((missed >= 0) & (missed <= 0.5)).all()
+    assert ((found.missed >= 0) & (found.missed <= 0.5)).all()
     # Searches at other root points start from what is remembered.
     _, again, few, _ = _local(3)
-    again.starts = {"group": found["group"][0].flatten(1)}
+    again.starts = {"group": torch.cat([found.volume["group"][..., None], found.modes["group"].flatten(2)], -1).transpose(0, 1)}
     torch.testing.assert_close(few.log_terms(find_mode(few)), value.expand(3, -1), rtol=0, atol=1e-5)
 
 
