@@ -27,13 +27,14 @@ from pavi_scale.guide.root import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.nonfinite import Skips, shards_without, where_from
+from pavi_scale.numbering import one_numbering, renumbered
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
 from pavi_scale.settings import precision
-from pavi_scale.starts import highest, renumbered, start_points
+from pavi_scale.starts import highest, start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
@@ -181,9 +182,10 @@ class Trainer:
         if spread < ALIKE or space.dim > 40 or limit < 20 * space.dim:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
+        bound = one_numbering(self.study, partial(self.bound, weighted=True), mode, np.sqrt(np.diagonal(cov)))
         try:
             pool = refit(
-                lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
+                bound, mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
                 target=min(1500.0, max(500.0, limit / 4)), max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
             )
         except NumericalError as error:

@@ -54,9 +54,9 @@ def means_found(mean: np.ndarray, sd: np.ndarray, truth: xr.Dataset) -> bool:
     return any(bool(((np.abs(mean[:, p] - true) <= np.maximum(SDS * sd[:, p], NEAR)).all(-1) | absent).all()) for p in numberings)
 
 
-def mixture(job: Job, cohorts: int = COHORTS, compared: int = COMPARED) -> Found:
+def mixture(job: Job, compared: int = COMPARED) -> Found:
     """Simulated cohorts: label means, ELBO beside the best restart of the rival, seconds, status; our rows to `mixture.jsonl` as they come."""
-    found, truths, kept = Found(), [], job.results / "mixture.jsonl"
+    found, truths, cohorts, kept = Found(), [], job.runs or COHORTS, job.results / "mixture.jsonl"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("")
     for seed in range(cohorts):
