@@ -15,7 +15,7 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.exploring import explore
 from pavi_scale.guide.mode import find_mode
 from pavi_scale.noise import generator_noise
-from pavi_scale.numbering import renumbered
+from pavi_scale.numbering import one_numbering, renumbered
 from pipelines import gm
 from tests.guide import oracle
 
@@ -120,8 +120,26 @@ def test_a_fit_holds_both_ways_to_number_the_components_of_a_group():
     apart = drawn[:, :, 0] - drawn[:, :, 1]
     flipped = (apart[:, 2, 1] < 0) != (apart[:, 0, 0] < 0)
     assert flipped.mean() == pytest.approx(share, abs=0.07)
+    assert abs((apart[:, 0, 0] < 0).mean() - 0.5) > 0.49  # one numbering of the cohort, though another is within reach of the refit
     elbo, error = posterior.elbo(256)
     assert evidence - 0.5 < elbo < evidence + 4 * error
+
+
+def test_only_exchangeable_rows_keep_to_a_numbering():
+    study, *_ = _local(1)
+    mode = np.array([-0.2, 0.0, 0.2, 0.0, 3.0, 0.0])
+    swapped, outside = mode[[2, 3, 0, 1, 4, 5]], mode + np.array([0.5, 0, 0, 0, 0, 0])
+
+    def alike(points, gradient):
+        return -(points[:, ::2] ** 2).sum(1), None
+
+    def told_apart(points, gradient):
+        return alike(points, gradient)[0] + points[:, 0], None
+
+    points = np.stack([mode, swapped, outside])
+    for bound, kept in ((alike, [True, False, False]), (told_apart, [True, True, True])):
+        value, _ = one_numbering(study, bound, mode, np.full(6, 0.2))(points, False)
+        assert np.isfinite(value).tolist() == kept
 
 
 def test_renumbered_components_are_matched_by_whole_rows():
