@@ -229,13 +229,14 @@ class Trainer:
     def _explore(self, point: np.ndarray) -> None:
         """Remember the best local modes at a root point: later searches start there."""
         layout, remembered = self.study.layout, [c for c in self.study.guide.components if c.remembered]
-        if not remembered or sum(coordinates(c, layout.cardinality) for c in remembered) > REMEMBERED:
+        total = sum(coordinates(c, layout.cardinality) for c in remembered)
+        if not remembered or total > REMEMBERED:
             return
         key = point.tobytes()
         if key not in self.explored:
             answers, tables = self.engine.round("starts", {"points": point[None]}, self.tasks()), {}
             for component in remembered:
-                modes = max(_rivals(a[f"odds/{component.name}"]) for a in answers if f"odds/{component.name}" in a)
+                modes = min(max(_rivals(a[f"odds/{component.name}"]) for a in answers if f"odds/{component.name}" in a), REMEMBERED // total)
                 for block in component.blocks:
                     table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), modes, 1 + block.dim))
                     for answer in answers:

@@ -19,7 +19,7 @@ UNSETTLED = 1e6  # nats that a point is put behind every mode
 APART = 5.0  # conditional sds between two modes
 MODES = 6  # that are told of each unit, at most
 FEW_ROWS = 3  # exchangeable rows up to which every renumbering is tried; of more, exchanges of two
-MOST_EXCHANGES = 28
+MOST_EXCHANGES = 15  # of two rows; of more rows than that allows none is tried
 SAME = 1e-9  # relative change of the data's log-density that renumbering may cause where rows are exchangeable
 
 
@@ -70,28 +70,32 @@ def renumberings(local: LocalModel, z: Coordinates) -> Iterator[Coordinates]:
 
     Latents of the component that share their first event dimension are renumbered together: components of a mixture, with their weights.
     """
-    model, links = local.reduced.graph.model, local.reduced.graph.links
+    model = local.reduced.graph.model
     own = [model.variables[n] for block in local.component.blocks for n in block.latents]
-    values, before = local.values(z), _data(local, z)
-    for dim in dict.fromkeys(v.dims[0] for v in own if v.dims):
-        moved = [v for v in own if v.dims and v.dims[0] == dim]
-        k = links[moved[0].name].event_shape[0]
+    before = _data(local, z)
+    for dim, k in {v.dims[0]: local.reduced.graph.shape(v)[0] for v in own if v.dims}.items():
         orders = _orders(k)
         if not orders:
             continue
-        several = _times(local, len(orders))
-        out: Coordinates = {}
-        for block in local.component.blocks:
-            parts = {}
-            for latent in block.latents:
-                link, theta = links[latent], values[latent].theta
-                theta = theta.reshape(1, -1, *link.event_shape).expand(len(orders), -1, *link.event_shape)
-                if latent in {v.name for v in moved}:
-                    theta = torch.stack([t[:, order] for t, order in zip(theta, orders, strict=True)])
-                parts[latent] = link.inverse(theta)
-            out[block.name] = several.join(block, parts)
-        if bool((_data(several, out) - before).abs().amax() <= SAME * (1.0 + float(before.abs().max()))):
-            yield out
+        # One order tells whether the data know the rows apart.
+        if bool((_data(local, _in_order(local, z, dim, orders[:1])) - before).abs().amax() <= SAME * (1.0 + float(before.abs().max()))):
+            yield _in_order(local, z, dim, orders)
+
+
+def _in_order(local: LocalModel, z: Coordinates, dim: str, orders: list[list[int]]) -> Coordinates:
+    """A point `[1, n, C, e]` with the rows along an event dimension in each of some orders, `[P, n, C, e]`."""
+    graph, values, out = local.reduced.graph, local.values(z), {}
+    for block in local.component.blocks:
+        parts = {}
+        for latent in block.latents:
+            link, dims = graph.links[latent], graph.model.variables[latent].dims
+            theta = values[latent].theta.reshape(1, -1, *link.event_shape).expand(len(orders), -1, *link.event_shape)
+            if dims and dims[0] == dim:
+                theta = torch.stack([t[:, order] for t, order in zip(theta, orders, strict=True)])
+            parts[latent] = link.inverse(theta)
+        moved = local.join(block, parts)
+        out[block.name] = torch.where(torch.isfinite(moved), moved, z[block.name])
+    return out
 
 
 def _orders(k: int) -> list[list[int]]:
