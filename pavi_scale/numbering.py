@@ -46,31 +46,34 @@ def renumbered(study: StudyComputation, mode: np.ndarray, onto: np.ndarray, sd: 
     return out
 
 
-def one_numbering(study: StudyComputation, bound: Bound, mode: np.ndarray, sd: np.ndarray) -> Bound:
-    """The bound, -inf where exchanging two exchangeable rows of the root leads nearer to the mode.
-
-    The posterior of a mixture has a copy for each numbering of its components; where they touch, an importance refit would find the others
-    and average over them. Rows are exchangeable if the bound at the mode is the same after the exchange.
+def exchangeable(study: StudyComputation, bound: Bound, mode: np.ndarray, sd: np.ndarray) -> list[np.ndarray]:
+    """Orders `[R]` of the root coordinates, each an exchange of two rows that leaves the bound at its mode as high as it was.
 
     Args:
         study: The study.
-        bound: The marginal bound.
+        bound: The marginal bound, without noise.
         mode: Its mode, `[R]`.
-        sd: Unit of distance, `[R]`.
+        sd: Unit of distance, `[R]`. Rows far apart are left out: no draw mistakes them for each other.
     """
     orders = []
     for at in rows(study):
         for i, j in combinations(range(len(at)), 2):
             order = np.arange(len(mode))
             order[at[i]], order[at[j]] = at[j], at[i]
-            orders.append(order)
-    # Rows many sds apart are not mistaken for each other by any draw.
-    orders = [o for o in orders if np.linalg.norm((mode[o] - mode) / sd) < FAR]
+            if np.linalg.norm((mode[order] - mode) / sd) < FAR:
+                orders.append(order)
     if not orders:
-        return bound
+        return []
     height, _ = bound(np.stack([mode, *(mode[o] for o in orders)]), False)
-    orders = [o for o, h in zip(orders, height[1:], strict=True) if abs(h - height[0]) < SYMMETRIC]
+    return [o for o, h in zip(orders, height[1:], strict=True) if abs(h - height[0]) < SYMMETRIC]
 
+
+def one_numbering(bound: Bound, orders: list[np.ndarray], mode: np.ndarray, sd: np.ndarray) -> Bound:
+    """The bound, -inf where one of the exchanges leads nearer to a point.
+
+    The posterior of a mixture has a copy for each numbering of its components; where they touch, an importance refit would find the others
+    and average over them.
+    """
     def numbered(points: np.ndarray, gradient: bool) -> tuple[np.ndarray, np.ndarray | None]:
         value, slope = bound(points, gradient)
         away = (((points - mode) / sd) ** 2).sum(1)

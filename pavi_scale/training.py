@@ -27,7 +27,7 @@ from pavi_scale.guide.root import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.nonfinite import Skips, shards_without, where_from
-from pavi_scale.numbering import one_numbering, renumbered
+from pavi_scale.numbering import exchangeable, one_numbering, renumbered
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
@@ -182,7 +182,8 @@ class Trainer:
         if spread < ALIKE or space.dim > 40 or limit < 20 * space.dim:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
-        bound = one_numbering(self.study, partial(self.bound, weighted=True), mode, np.sqrt(np.diagonal(cov)))
+        sd = np.sqrt(np.diagonal(cov))
+        bound = one_numbering(partial(self.bound, weighted=True), exchangeable(self.study, self.bound, mode, sd), mode, sd)
         try:
             pool = refit(
                 bound, mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
