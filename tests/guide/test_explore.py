@@ -82,7 +82,7 @@ def test_a_search_ends_at_the_best_of_the_remembered_modes():
     assert float((torch.stack(heights).amax(0) - heights[0]).max()) > 5
 
 
-def exchangeable():
+def crosswise():
     """Two components, and three groups of which the last has its centres across: which is which hangs on the root."""
     model = ps.Model(
         ps.Plate("group"), ps.Plate("obs"), sizes={"component": 2, "feature": 2},
@@ -100,7 +100,7 @@ def exchangeable():
 
 
 def test_a_fit_holds_both_ways_to_number_the_components_of_a_group():
-    model, cohort, centre, x = exchangeable()
+    model, cohort, centre, x = crosswise()
     # Which cluster is which component, group by group, the first one's fixed: the clusters' means are normal, and every sum of labels has one term that counts.
     cov = np.ones((3, 3)) + (0.2**2 + 0.03**2 / 10) * np.eye(3)
     ways = {
@@ -128,7 +128,7 @@ def test_a_fit_holds_both_ways_to_number_the_components_of_a_group():
 def test_only_exchangeable_rows_keep_to_a_numbering():
     study, *_ = _local(1)
     mode = np.array([-0.2, 0.0, 0.2, 0.0, 3.0, 0.0])
-    swapped, aside = mode[[2, 3, 0, 1, 4, 5]], mode + np.array([0.3, 0, 0, 0, 0, 0])
+    swapped, outside = mode[[2, 3, 0, 1, 4, 5]], mode + np.array([0.5, 0, 0, 0, 0, 0])
 
     def alike(points, gradient):
         return -(points[:, ::2] ** 2).sum(1), None
@@ -136,7 +136,7 @@ def test_only_exchangeable_rows_keep_to_a_numbering():
     def told_apart(points, gradient):
         return alike(points, gradient)[0] + points[:, 0], None
 
-    points = np.stack([mode, swapped, aside])
+    points = np.stack([mode, swapped, outside])
     for bound, kept in ((alike, [True, False, False]), (told_apart, [True, True, True])):
         sd = np.full(6, 0.2)
         value, _ = one_numbering(bound, exchangeable(study, bound, mode, sd), mode, sd)(points, False)
