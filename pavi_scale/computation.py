@@ -225,7 +225,7 @@ class StudyComputation:
 
     def search_from(self, state: Arrays, reduced: Reduced) -> None:
         """Have the searches on a reduced model start from the modes that a state remembers, too."""
-        reduced.starts = self.rows(state, reduced.selection, "start")
+        reduced.starts, reduced.modes = (self.rows(state, reduced.selection, kind) for kind in ("start", "modes"))
 
     # -- tasks ------------------------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class StudyComputation:
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
 
     def task_starts(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Local modes at one root point, `state["points"]` `[1, R]`: `start/<block>` `[n, S, 1 + d]` (log volume, coordinates), `at/<block>` `[n]`.
+        """Local modes at one root point, `state["points"]` `[1, R]`: `modes/<block>` `[n, S, 1 + d]` (log volume, coordinates), `at/<block>` `[n]`.
 
         `odds/<component>` `[n_top, S]`: log mass of each less that of the first; `missed/<component>` `[n_top]`: what the first one leaves out.
         """
@@ -279,7 +279,7 @@ class StudyComputation:
             out[f"odds/{component.name}"], out[f"missed/{component.name}"] = (t.to(torch.float64).numpy() for t in (found.odds.T, found.missed))
             for block in component.blocks:
                 table = torch.cat([found.volume[block.name][..., None], found.modes[block.name].flatten(2)], -1)
-                out[f"start/{block.name}"] = table.transpose(0, 1).to(torch.float64).numpy()
+                out[f"modes/{block.name}"] = table.transpose(0, 1).to(torch.float64).numpy()
                 out[f"at/{block.name}"] = flat_positions(self.layout, reduced.selection, block)
         return out
 

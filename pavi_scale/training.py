@@ -241,11 +241,11 @@ class Trainer:
                 for block in component.blocks:
                     table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), modes, 1 + block.dim))
                     for answer in answers:
-                        if f"start/{block.name}" in answer:
-                            found = answer[f"start/{block.name}"]
+                        if f"modes/{block.name}" in answer:
+                            found = answer[f"modes/{block.name}"]
                             # A shard whose units have fewer modes repeats the first, which has the volume of itself.
                             table[answer[f"at/{block.name}"]] = found[:, [s if s < found.shape[1] else 0 for s in range(modes)]]
-                    tables[f"start/{block.name}"] = table
+                    tables[f"modes/{block.name}"] = table
             missed = [(np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]) > MISSED).mean() for c in remembered]
             self.explored[key] = tables, float(max(missed))
         tables, self.missed = self.explored[key]

@@ -33,15 +33,18 @@ def find_mode(local: LocalModel) -> Coordinates:
 
 def _nearer(local: LocalModel, z: Coordinates) -> Coordinates:
     """The prior means, or those of the modes found at another root point where log joint and log volume are highest here, unit by unit."""
-    kept = local.reduced.starts
-    if not all(b in kept for b in z):
+    starts, modes = local.reduced.starts, local.reduced.modes
+    tables = [{b: torch.nn.functional.pad(starts[b], (1, 0)) for b in z}] if all(b in starts for b in z) else []
+    if all(b in modes for b in z):
+        tables += [{b: modes[b][:, s] for b in z} for s in range(min(modes[b].shape[1] for b in z))]
+    if not tables:
         return z
     highest = local.log_terms(z)
-    for s in range(min(kept[b].shape[1] for b in z)):
-        other = {b: kept[b][:, s, 1:].reshape(1, *zb.shape[1:]).expand_as(zb) for b, zb in z.items()}
+    for table in tables:
+        other = {b: table[b][:, 1:].reshape(1, *zb.shape[1:]).expand_as(zb) for b, zb in z.items()}
         height = local.log_terms(other)
         for b in z:
-            height = height + local.to_top(kept[b][None, :, s, 0], local.blocks[b].plates)
+            height = height + local.to_top(table[b][None, :, 0], local.blocks[b].plates)
         better = height > highest
         highest = torch.where(better, height, highest)
         z = {b: torch.where(per_unit(local, b, better)[..., None, None], other[b], zb) for b, zb in z.items()}

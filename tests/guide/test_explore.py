@@ -42,7 +42,7 @@ def test_exploring_finds_a_mode_above_the_truth_where_one_search_does_not():
     assert ((found.missed >= 0) & (found.missed <= 0.5)).all()
     # Searches at other root points start from what is remembered.
     _, again, few, _ = _local(3)
-    again.starts = {"group": torch.cat([found.volume["group"][..., None], found.modes["group"].flatten(2)], -1).transpose(0, 1)}
+    again.modes = {"group": torch.cat([found.volume["group"][..., None], found.modes["group"].flatten(2)], -1).transpose(0, 1)}
     torch.testing.assert_close(few.log_terms(find_mode(few)), value.expand(3, -1), rtol=0, atol=1e-5)
 
 
@@ -74,9 +74,9 @@ def test_a_search_ends_at_the_best_of_the_remembered_modes():
     here = LocalModel(local.component, reduced, {"mu": type(values)(values.theta[0][rows], values.plates)}, {}, 3)
     heights = []
     for s in range(table.shape[1]):
-        reduced.starts = {"group": table[:, s : s + 1]}
+        reduced.modes = {"group": table[:, s : s + 1]}
         heights.append(here.log_terms(find_mode(here)))
-    reduced.starts = {"group": table}
+    reduced.modes = {"group": table}
     # At a renumbered root the renumbered modes are as high as the best one was; one remembered mode does not know of them.
     assert float((torch.stack(heights).amax(0) - here.log_terms(find_mode(here))).max()) < 0.5
     assert float((torch.stack(heights).amax(0) - heights[0]).max()) > 5
