@@ -278,8 +278,7 @@ class StudyComputation:
             found = explore(LocalModel(component, reduced, root, {}, 1), noise, ATTEMPTS if component.tree else 0)
             out[f"odds/{component.name}"], out[f"missed/{component.name}"] = (t.to(torch.float64).numpy() for t in (found.odds.T, found.missed))
             for block in component.blocks:
-                table = torch.cat([found.volume[block.name][..., None], found.modes[block.name].flatten(2)], -1)
-                out[f"modes/{block.name}"] = table.transpose(0, 1).to(torch.float64).numpy()
+                out[f"modes/{block.name}"] = found.table(block.name).to(torch.float64).numpy()
                 out[f"at/{block.name}"] = flat_positions(self.layout, reduced.selection, block)
         return out
 

@@ -42,6 +42,10 @@ class Explored:
         """What the first mode leaves out: the mass of the second over the sum of both, `[n_top]`."""
         return torch.sigmoid(self.odds[1]) if len(self.odds) > 1 else torch.zeros_like(self.odds[0])
 
+    def table(self, block: str) -> Tensor:
+        """Log volume and coordinates of each unit's modes, `[n, S, 1 + C e]`, as they are remembered (`Reduced.modes`)."""
+        return torch.cat([self.volume[block][..., None], self.modes[block].flatten(2)], -1).transpose(0, 1)
+
 
 def explore(local: LocalModel, noise: Noise, attempts: int) -> Explored:
     """The modes that searches from the prior means, from conditional prior draws and from renumbered rows of the best so far lead to.

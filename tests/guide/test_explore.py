@@ -42,7 +42,7 @@ def test_exploring_finds_a_mode_above_the_truth_where_one_search_does_not():
     assert ((found.missed >= 0) & (found.missed <= 0.5)).all()
     # Searches at other root points start from what is remembered.
     _, again, few, _ = _local(3)
-    again.modes = {"group": torch.cat([found.volume["group"][..., None], found.modes["group"].flatten(2)], -1).transpose(0, 1)}
+    again.modes = {"group": found.table("group")}
     torch.testing.assert_close(few.log_terms(find_mode(few)), value.expand(3, -1), rtol=0, atol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_an_exchange_of_components_is_a_mode_whose_odds_the_prior_alone_sets():
 def test_a_search_ends_at_the_best_of_the_remembered_modes():
     study, reduced, local, _ = _local(1)
     found = explore(local, generator_noise(0, torch.float64), 16)
-    table = torch.cat([found.volume["group"][..., None], found.modes["group"].flatten(2)], -1).transpose(0, 1)
+    table = found.table("group")
     rows = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 1, 0]])
     values = local.given["mu"]
     here = LocalModel(local.component, reduced, {"mu": type(values)(values.theta[0][rows], values.plates)}, {}, 3)
