@@ -22,10 +22,10 @@ from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import Block, Component, dense_units, inputs_of
 from pavi_scale.guide.correction import Corrections, observations
 from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.exploring import explore
 from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
-from pavi_scale.guide.mode import explore
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.guide.terms import spent
 from pavi_scale.holding import Holding, Key
@@ -225,7 +225,7 @@ class StudyComputation:
 
     def search_from(self, state: Arrays, reduced: Reduced) -> None:
         """Have the searches on a reduced model start from the modes that a state remembers, too."""
-        reduced.starts = self.rows(state, reduced.selection, "start")
+        reduced.starts, reduced.modes = (self.rows(state, reduced.selection, kind) for kind in ("start", "modes"))
 
     # -- tasks ------------------------------------------------------------------------------------------------------------------
 
@@ -264,9 +264,9 @@ class StudyComputation:
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
 
     def task_starts(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The best local modes of several searches at one root point, `state["points"]` `[1, R]`: `start/<block>` `[n, d]`, `at/<block>` `[n]`.
+        """Local modes at one root point, `state["points"]` `[1, R]`: `modes/<block>` `[n, S, 1 + d]` (log volume, coordinates), `at/<block>` `[n]`.
 
-        `missed/<component>` `[n_top]` is the share of each unit's posterior that its other modes hold.
+        `odds/<component>` `[n_top, S]`: log mass of each less that of the first; `missed/<component>` `[n_top]`: what the first one leaves out.
         """
         reduced, shard = self.shard(task)
         root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
@@ -275,10 +275,10 @@ class StudyComputation:
         for component in self.guide.components:
             if not component.remembered or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
                 continue
-            found, missed = explore(LocalModel(component, reduced, root, {}, 1), noise, ATTEMPTS if component.tree else 0)
-            out[f"missed/{component.name}"] = missed.to(torch.float64).numpy()
+            found = explore(LocalModel(component, reduced, root, {}, 1), noise, ATTEMPTS if component.tree else 0)
+            out[f"odds/{component.name}"], out[f"missed/{component.name}"] = (t.to(torch.float64).numpy() for t in (found.odds.T, found.missed))
             for block in component.blocks:
-                out[f"start/{block.name}"] = found[block.name][0].flatten(1).to(torch.float64).numpy()
+                out[f"modes/{block.name}"] = found.table(block.name).to(torch.float64).numpy()
                 out[f"at/{block.name}"] = flat_positions(self.layout, reduced.selection, block)
         return out
 

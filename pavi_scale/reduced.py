@@ -48,6 +48,7 @@ class Reduced:
         self._index: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor | None] = {}
         self.absorbed: dict[object, Any] = {}  # laws summed up once for all (see guide.curvature)
         self.starts: dict[str, Tensor] = {}  # block -> coordinates `[n, C e]` from which modes are searched, and where they were found
+        self.modes: dict[str, Tensor] = {}  # block -> log volume and coordinates `[n, S, 1 + C e]` of modes known of each unit
         self._weights: dict[tuple[str, ...], Tensor] = {}
 
     def forget(self, names: Iterable[str]) -> None:

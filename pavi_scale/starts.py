@@ -163,32 +163,6 @@ def _seeded(parts: list[np.ndarray], k: int, attempt: int, rng: np.random.Genera
     return np.stack(out)
 
 
-def renumbered(study: StudyComputation, mode: np.ndarray, onto: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    """A root point with the rows of its latents put in the order that is nearest another point.
-
-    Latents that share their first event dimension are renumbered together: the components of a mixture are whole rows.
-
-    Args:
-        study: The study.
-        mode: The point, `[R]`.
-        onto: The other, `[R]`.
-        sd: Unit of distance, `[R]`.
-    """
-    rows: dict[str, list[np.ndarray]] = {}  # dimension -> positions `[k, m]` of the coordinates of each latent
-    start = 0
-    for name, size in zip(study.space.names, study.space.sizes, strict=True):
-        v, shape = study.graph.model.variables[name], study.graph.links[name].base_shape
-        if v.dims and shape == study.graph.shape(v):
-            rows.setdefault(v.dims[0], []).append(np.arange(start, start + size).reshape(shape[0], -1))
-        start += size
-    out = mode.copy()
-    for at in (np.concatenate(r, 1) for r in rows.values()):
-        apart = (((mode[at][:, None] - onto[at][None]) / sd[at]) ** 2).sum(-1)
-        mine, theirs = linear_sum_assignment(apart)
-        out[at[theirs]] = mode[at[mine]]
-    return out
-
-
 def _ancestry(study: StudyComputation, name: str) -> set[str]:
     found: set[str] = set()
     todo = list(study.graph.model.variables[name].parents)

@@ -27,13 +27,14 @@ from pavi_scale.guide.root import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.nonfinite import Skips, shards_without, where_from
+from pavi_scale.numbering import exchangeable, one_numbering, renumbered
 from pavi_scale.optimizers import Adam
 from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
 from pavi_scale.settings import precision
-from pavi_scale.starts import highest, renumbered, start_points
+from pavi_scale.starts import highest, start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
@@ -53,6 +54,7 @@ WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is div
 LEAST_SHARDS = 4
 MISSED = 0.25  # share of a unit's posterior in modes that the guide does not follow, above which it counts as multimodal
 MANY = 0.1  # share of such units that makes the fit so
+FAINT = 12.0  # nats of mass below its unit's best at which a local mode is forgotten
 REMEMBERED = 1_000_000  # local coordinates up to which modes are kept as starts
 
 
@@ -180,9 +182,11 @@ class Trainer:
         if spread < ALIKE or space.dim > 40 or limit < 20 * space.dim:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
+        sd = np.sqrt(np.diagonal(cov))
+        bound = one_numbering(partial(self.bound, weighted=True), exchangeable(self.study, self.bound, mode, sd), mode, sd)
         try:
             pool = refit(
-                lambda p, g: self.bound(p, g, weighted=True), mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
+                bound, mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
                 target=min(1500.0, max(500.0, limit / 4)), max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
             )
         except NumericalError as error:
@@ -226,17 +230,22 @@ class Trainer:
     def _explore(self, point: np.ndarray) -> None:
         """Remember the best local modes at a root point: later searches start there."""
         layout, remembered = self.study.layout, [c for c in self.study.guide.components if c.remembered]
-        if not remembered or sum(coordinates(c, layout.cardinality) for c in remembered) > REMEMBERED:
+        total = sum(coordinates(c, layout.cardinality) for c in remembered)
+        if not remembered or total > REMEMBERED:
             return
         key = point.tobytes()
         if key not in self.explored:
             answers, tables = self.engine.round("starts", {"points": point[None]}, self.tasks()), {}
-            for block in (b for c in remembered for b in c.blocks):
-                table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), block.dim))
-                for answer in answers:
-                    if f"start/{block.name}" in answer:
-                        table[answer[f"at/{block.name}"]] = answer[f"start/{block.name}"]
-                tables[f"start/{block.name}"] = table
+            for component in remembered:
+                modes = min(max(_rivals(a[f"odds/{component.name}"]) for a in answers if f"odds/{component.name}" in a), REMEMBERED // total)
+                for block in component.blocks:
+                    table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), modes, 1 + block.dim))
+                    for answer in answers:
+                        if f"modes/{block.name}" in answer:
+                            found = answer[f"modes/{block.name}"]
+                            # A shard whose units have fewer modes repeats the first, which has the volume of itself.
+                            table[answer[f"at/{block.name}"]] = found[:, [s if s < found.shape[1] else 0 for s in range(modes)]]
+                    tables[f"modes/{block.name}"] = table
             missed = [(np.concatenate([a[f"missed/{c.name}"] for a in answers if f"missed/{c.name}" in a]) > MISSED).mean() for c in remembered]
             self.explored[key] = tables, float(max(missed))
         tables, self.missed = self.explored[key]
@@ -362,6 +371,11 @@ class Trainer:
         weight = {p: -(-layout.cardinality[p] // cells[p]) / max(1, size // cells[p]) for p, size in sizes.items()}
         for chosen in batches(layout, sizes, self.seed, cells):
             yield chosen, weight
+
+
+def _rivals(odds: np.ndarray) -> int:
+    """How many modes are worth remembering, of log masses `[n, S]` less that of the first: those that hold something in some unit."""
+    return int((odds.max(0, initial=-math.inf) > -FAINT).sum())
 
 
 __all__ = ["Fitted", "Pool", "Trainer"]

@@ -145,7 +145,7 @@ def extend(computation: StudyComputation, state: Mapping[str, np.ndarray], facts
     study = prepare(opened, seed=seed)
     settings = replace(computation.settings, split=study.settings.split)
     study = replace(study, settings=settings)
-    kept = {k: v for k, v in state.items() if not k.startswith(("residual/", "start/"))}
+    kept = {k: v for k, v in state.items() if not k.startswith(("residual/", "start/", "modes/"))}
     run = Run.create(None)
     config = {"seed": seed, "encoding": "auto", "memory": "4 GiB", "device": "auto", "max_time": None}
     with run.lock(), LocalEngine(study.spec) as engine:

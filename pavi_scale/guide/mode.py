@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
-from pavi_scale.guide.gaussian import Tree, back, factorise, forward, log_det
+from pavi_scale.guide.gaussian import Tree
 
 Noise = Callable[[Block, tuple[int, ...]], Tensor]  # (block, [K, n, C, e]) -> standard normals
 
@@ -19,9 +19,6 @@ LONGEST = 4.0  # conditional sds of one unguarded step
 MAX_SHORTENED = 24  # times that a step is shortened to a quarter before it is given up
 ENCODING_ITERATIONS = 2  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
 ROUGH_ITERATIONS = 12
-SETTLED = 1e-3  # decrement below which a search has reached a mode
-UNSETTLED = 1e6  # nats that a point is put behind every mode
-APART = 5.0  # conditional sds between two modes
 COMPACT = 0.8  # share of particles still searched below which the batch is made smaller
 
 
@@ -31,69 +28,30 @@ def find_mode(local: LocalModel) -> Coordinates:
         z = local.start()
         if local.component.rough:
             return _rough(local, z)
-        return _newton(local, _nearer(local, z))
+        return search(local, _nearer(local, z))
 
 
 def _nearer(local: LocalModel, z: Coordinates) -> Coordinates:
-    """The prior means, or the modes found at another root point where the log joint is higher there."""
-    kept = local.reduced.starts
-    if not all(b in kept for b in z):
+    """The prior means, or those of the modes found at another root point where log joint and log volume are highest here, unit by unit."""
+    starts, modes = local.reduced.starts, local.reduced.modes
+    tables = [{b: torch.nn.functional.pad(starts[b], (1, 0)) for b in z}] if all(b in starts for b in z) else []
+    if all(b in modes for b in z):
+        tables += [{b: modes[b][:, s] for b in z} for s in range(min(modes[b].shape[1] for b in z))]
+    if not tables:
         return z
-    other = {b: kept[b].reshape(1, *zb.shape[1:]).expand_as(zb) for b, zb in z.items()}
-    better = local.log_terms(other) > local.log_terms(z)
-    return {b: torch.where(_units(local, b, better)[..., None, None], other[b], zb) for b, zb in z.items()}
+    highest = local.log_terms(z)
+    for table in tables:
+        other = {b: table[b][:, 1:].reshape(1, *zb.shape[1:]).expand_as(zb) for b, zb in z.items()}
+        height = local.log_terms(other)
+        for b in z:
+            height = height + local.to_top(table[b][None, :, 0], local.blocks[b].plates)
+        better = height > highest
+        highest = torch.where(better, height, highest)
+        z = {b: torch.where(per_unit(local, b, better)[..., None, None], other[b], zb) for b, zb in z.items()}
+    return z
 
 
-def explore(local: LocalModel, noise: Noise, attempts: int) -> tuple[Coordinates, Tensor]:
-    """The best of the modes that searches from the prior means and from conditional prior draws lead to, unit by unit; and what it leaves out.
-
-    Mixtures have poor local modes: a component that starts far from its data stays empty. Modes are judged by their Laplace mass; what the
-    best one leaves out is the mass of the next over the sum of both, `[n_top]`.
-
-    Args:
-        local: A component without kinks at one root point.
-        noise: Standard normals.
-        attempts: Draws.
-    """
-    with torch.no_grad():
-        centre = local.start()
-        local = local.select(torch.zeros(1 + attempts, dtype=torch.long))
-        z = {}
-        for block in local.component.blocks:
-            factor = factorise(_prior_precision(local, centre, block))
-            away = back(factor, noise(block, (attempts, *centre[block.name].shape[1:])))
-            z[block.name] = torch.cat([centre[block.name], centre[block.name] + away])
-        found = _newton(local, z)
-        expansion = local.expand(found, differentiable=False)
-        mass = expansion.value
-        if isinstance(expansion.gaussian, Tree):
-            for b, factor in expansion.gaussian.factor.items():
-                mass = mass - local.to_top(log_det(factor), local.blocks[b].plates)
-        settled = _decrement(local, expansion) < SETTLED
-        mass = torch.where(settled, mass, expansion.value - UNSETTLED).nan_to_num(nan=-torch.inf)
-        best = mass.argmax(0, keepdim=True)
-        chosen = {b: zb.gather(0, _units(local, b, best)[..., None, None].expand(1, *zb.shape[1:])) for b, zb in found.items()}
-        if not isinstance(expansion.gaussian, Tree):
-            return chosen, torch.zeros(mass.shape[1])
-        apart = torch.zeros_like(mass)
-        for b, factor in expansion.gaussian.factor.items():
-            apart = apart + local.to_top(forward(factor, found[b] - chosen[b]).square().sum((-1, -2)), local.blocks[b].plates)
-        others = torch.where((apart > APART**2) & settled, mass, -torch.inf).amax(0)
-        return chosen, torch.sigmoid(others - mass.amax(0))
-
-
-def _prior_precision(local: LocalModel, z: Coordinates, block: Block) -> Tensor:
-    """Minus second derivative of the log-density of a block's own laws, `[1, n, C, e, e]`."""
-    alone = local.select(torch.zeros(1, dtype=torch.long))
-    total: Tensor | float = 0.0
-    for factor in local.component.factors:
-        if factor.variable in block.latents:
-            _, _, hess = alone._factor(factor, z, False)
-            total = total + hess[block.name, block.name]
-    return torch.as_tensor(total)
-
-
-def _newton(local: LocalModel, z: Coordinates) -> Coordinates:
+def search(local: LocalModel, z: Coordinates) -> Coordinates:
     """Each unit of the top block stops by its own decrement: its mode does not depend on which others are searched with it.
 
     Particles whose units have all settled leave the batch; a step is shortened by looking at values alone.
@@ -108,7 +66,7 @@ def _newton(local: LocalModel, z: Coordinates) -> Coordinates:
     for _ in range(MAX_ITERATIONS):
         expansion = local.expand(z, differentiable=False)
         before = torch.zeros_like(expansion.value, dtype=torch.bool) if settled is None else settled
-        settled = before | (_decrement(local, expansion) < TOLERANCE)
+        settled = before | (decrement(local, expansion) < TOLERANCE)
         # The step at hand is free, and squares what is left of a settled unit's error; after it the unit rests, however long the others take.
         z, stuck = _along(local, z, expansion, settled, before)
         settled = settled | stuck
@@ -154,7 +112,7 @@ def _bounded(expansion: Expansion) -> list[Tensor]:
     return steps
 
 
-def _decrement(local: LocalModel, expansion: Expansion) -> Tensor:
+def decrement(local: LocalModel, expansion: Expansion) -> Tensor:
     """|g . H^-1 g| per unit of the top block, `[K, n_top]`."""
     total = torch.zeros_like(expansion.value)
     for b, step in expansion.gaussian.step.items():
@@ -177,7 +135,7 @@ def _rough(local: LocalModel, z: Coordinates) -> Coordinates:
     return z
 
 
-def _units(local: LocalModel, block: str, per_top: Tensor) -> Tensor:
+def per_unit(local: LocalModel, block: str, per_top: Tensor) -> Tensor:
     """Values per unit of the top block, `[K, n_top]` -> per unit of a block, `[K, n]` or `[K, 1]`."""
     if local.top is None:
         return per_top[:, :1].expand(-1, local.units(local.blocks[block]))
@@ -188,6 +146,6 @@ def _units(local: LocalModel, block: str, per_top: Tensor) -> Tensor:
 def _move(local: LocalModel, z: Coordinates, step: Mapping[str, Tensor], scale: Tensor) -> Coordinates:
     out = {}
     for name, zb in z.items():
-        s = _units(local, name, scale)[..., None, None]
+        s = per_unit(local, name, scale)[..., None, None]
         out[name] = torch.where(s > 0, zb + s * step[name], zb)  # a step may not be finite
     return out

@@ -179,17 +179,15 @@ def _bind(name: str, variable: Variable) -> Variable:
     return Variable(variable.kind, variable.law, variable.plates, variable.dims, variable.missing, name, parents)
 
 
+def _check_known(plates: Mapping[str, Plate], name: str, message: str, where: str) -> None:
+    if name not in plates:
+        raise ModelError(message, where=where, expected=f"one of {sorted(plates)}", got=repr(name), remedy=f"add Plate({name!r}) to the model")
+
+
 def _check_plates(plates: Mapping[str, Plate]) -> None:
     for plate in plates.values():
         for parent in plate.within:
-            if parent not in plates:
-                raise ModelError(
-                    "plate lies within an unknown plate",
-                    where=f"plate {plate.name!r}",
-                    expected=f"one of {sorted(plates)}",
-                    got=repr(parent),
-                    remedy=f"add Plate({parent!r})",
-                )
+            _check_known(plates, parent, "plate lies within an unknown plate", f"plate {plate.name!r}")
     for name in plates:
         seen, todo = set(), list(plates[name].within)
         while todo:
@@ -220,14 +218,7 @@ def _check_variables(plates: Mapping[str, Plate], variables: Mapping[str, Variab
         for name in (v.name, *v.plates, *v.dims):
             _check_name(name, where)
         for plate in v.plates:
-            if plate not in plates:
-                raise ModelError(
-                    "variable lives on an unknown plate",
-                    where=where,
-                    expected=f"one of {sorted(plates)}",
-                    got=repr(plate),
-                    remedy=f"add Plate({plate!r}) to the model",
-                )
+            _check_known(plates, plate, "variable lives on an unknown plate", where)
         if len(set(v.plates + v.dims)) != len(v.plates + v.dims) or set(v.dims) & set(plates):
             raise ModelError("a dimension is named twice, or is both a plate and an event dimension", where=where, got=f"plates {v.plates}, dims {v.dims}")
         if v.name in plates or v.name in v.dims:

@@ -105,7 +105,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals, flat and coverage, instead of their own")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals, or a fit of flat, after so long")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=int, metavar="N", help="simulations of each model of `coverage`")
+    parser.add_argument("--runs", type=int, metavar="N", help="simulations of each model of `coverage`, cohorts of `mixture`")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     return parser
 

@@ -18,6 +18,7 @@ DRAWS = 255
 UNITS = 200  # local units looked at in each run, of each latent; SBC tests the first few
 TESTED = 3
 RUNS = 50
+CENTRE, SCALE = ps.latent(lambda: Normal(0.0, 1.0)), ps.latent(lambda: HalfNormal(1.0))
 
 Run = tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]  # ranks by latent, those of half the variance, facts of the fit
 
@@ -39,10 +40,7 @@ def crossed(groups: int) -> tuple[ps.Model, xr.Dataset]:
     lecturer = np.concatenate([rng.permutation(lecturers), rng.integers(0, lecturers, len(student) - lecturers)])
     model = ps.Model(
         ps.Plate("student"), ps.Plate("lecturer"), ps.Plate("rating", within=("student", "lecturer")),
-        mu=ps.latent(lambda: Normal(0.0, 1.0)),
-        sd_student=ps.latent(lambda: HalfNormal(1.0)),
-        sd_lecturer=ps.latent(lambda: HalfNormal(1.0)),
-        sigma=ps.latent(lambda: HalfNormal(1.0)),
+        mu=CENTRE, sd_student=SCALE, sd_lecturer=SCALE, sigma=SCALE,
         a=ps.latent(lambda sd_student: Normal(0.0, sd_student), plates="student"),
         b=ps.latent(lambda sd_lecturer: Normal(0.0, sd_lecturer), plates="lecturer"),
         y=ps.observed(lambda mu, a, b, sigma: Normal(mu + a + b, sigma), plates="rating"),
@@ -56,10 +54,7 @@ def ragged(groups: int) -> tuple[ps.Model, xr.Dataset]:
     county = np.repeat(np.arange(groups), rng.integers(1, 21, groups))
     model = ps.Model(
         ps.Plate("county"), ps.Plate("house", within="county"),
-        mu_alpha=ps.latent(lambda: Normal(0.0, 1.0)),
-        sigma_alpha=ps.latent(lambda: HalfNormal(1.0)),
-        beta=ps.latent(lambda: Normal(0.0, 1.0)),
-        sigma_y=ps.latent(lambda: HalfNormal(1.0)),
+        mu_alpha=CENTRE, sigma_alpha=SCALE, beta=CENTRE, sigma_y=SCALE,
         floor=ps.covariate(plates="house"),
         alpha=ps.latent(lambda mu_alpha, sigma_alpha: Normal(mu_alpha, sigma_alpha), plates="county"),
         y=ps.observed(lambda alpha, beta, floor, sigma_y: Normal(alpha + beta * floor, sigma_y), plates="house"),
@@ -74,10 +69,7 @@ def levels(groups: int) -> tuple[ps.Model, xr.Dataset]:
     room = np.repeat(np.arange(len(school)), rng.integers(5, 21, len(school)))
     model = ps.Model(
         ps.Plate("school"), ps.Plate("room", within="school"), ps.Plate("pupil", within="room"),
-        mu=ps.latent(lambda: Normal(0.0, 1.0)),
-        sd_school=ps.latent(lambda: HalfNormal(1.0)),
-        sd_room=ps.latent(lambda: HalfNormal(1.0)),
-        sigma=ps.latent(lambda: HalfNormal(1.0)),
+        mu=CENTRE, sd_school=SCALE, sd_room=SCALE, sigma=SCALE,
         a=ps.latent(lambda mu, sd_school: Normal(mu, sd_school), plates="school"),
         b=ps.latent(lambda a, sd_room: Normal(a, sd_room), plates="room"),
         y=ps.observed(lambda b, sigma: Normal(b, sigma), plates="pupil"),
@@ -91,9 +83,7 @@ def bernoulli(groups: int) -> tuple[ps.Model, xr.Dataset]:
     group = np.repeat(np.arange(groups), rng.integers(2, 21, groups))
     model = ps.Model(
         ps.Plate("group"), ps.Plate("answer", within="group"),
-        mu=ps.latent(lambda: Normal(0.0, 1.0)),
-        tau=ps.latent(lambda: HalfNormal(1.0)),
-        beta=ps.latent(lambda: Normal(0.0, 1.0)),
+        mu=CENTRE, tau=SCALE, beta=CENTRE,
         x=ps.covariate(plates="answer"),
         alpha=ps.latent(lambda mu, tau: Normal(mu, tau), plates="group"),
         y=ps.observed(lambda alpha, beta, x: Bernoulli(logits=alpha + beta * x), plates="answer"),

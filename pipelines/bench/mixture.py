@@ -54,9 +54,11 @@ def means_found(mean: np.ndarray, sd: np.ndarray, truth: xr.Dataset) -> bool:
     return any(bool(((np.abs(mean[:, p] - true) <= np.maximum(SDS * sd[:, p], NEAR)).all(-1) | absent).all()) for p in numberings)
 
 
-def mixture(job: Job, cohorts: int = COHORTS, compared: int = COMPARED) -> Found:
-    """Simulated cohorts: label means, ELBO beside the best restart of the rival, seconds, status."""
-    found, truths = Found(), []
+def mixture(job: Job, compared: int = COMPARED) -> Found:
+    """Simulated cohorts: label means, ELBO beside the best restart of the rival, seconds, status; our rows to `mixture.jsonl` as they come."""
+    found, truths, cohorts, kept = Found(), [], job.runs or COHORTS, job.results / "mixture.jsonl"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("")
     for seed in range(cohorts):
         truth = gm.model.sample(sizes={"group": GROUPS, "observation": OBSERVATIONS, "feature": FEATURES}, seed=seed)
         row: dict[str, Any] = {"cohort": seed}
@@ -68,6 +70,8 @@ def mixture(job: Job, cohorts: int = COHORTS, compared: int = COMPARED) -> Found
         moments = (posterior.datatree[g].to_dataset()["mu_group"] for g in ("posterior_mean", "posterior_sd"))
         mean, sd = (m.transpose("group", "component", "feature").values for m in moments)
         row |= {"status": posterior.status, "found": means_found(mean, sd, truth), "ELBO": elbo, "+-": error}
+        with kept.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
         found.rows.append(row | dict.fromkeys(("rival best", "its +-", "rival median", "rival s", "rival found"), float("nan")))
         truths.append(truth)
     status, seconds = [r["status"] for r in found.rows], [r["cpu s"] for r in found.rows]

@@ -58,7 +58,7 @@ def sphere(vertices: int) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=1).astype(np.float32)
 
 
-def smooth_fields(points: np.ndarray, fields: int, rng: np.random.Generator, bumps: int = 300, width: float = 0.3) -> np.ndarray:
+def smooth_fields(points: np.ndarray, fields: int, rng: np.random.Generator, bumps: int = 300, width: float = 0.35) -> np.ndarray:
     """Smooth random fields on the sphere, shape (points, fields): sums of bumps at random places, each field mapped to standard normal quantiles.
 
     Over the points a field is then distributed as the prior says, so that intervals of an exact posterior hold what they should on average.

@@ -207,12 +207,29 @@ def test_arviz(fitted):
 
 
 def test_arviz_plots(fitted):
+    """What is drawn is this posterior: a named row for each scalar, at its mean and about as long as its sd says; densities with mean and sd."""
     plots = pytest.importorskip("arviz_plots")
     pytest.importorskip("matplotlib").use("Agg")
+    tree = fitted[0].datatree
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plots.plot_forest(fitted[0].datatree, backend="matplotlib")
-        plots.plot_dist(fitted[0].datatree, var_names=["mu"], backend="matplotlib")
+        forest = plots.plot_forest(tree, backend="matplotlib").viz
+        dist = plots.plot_dist(tree, var_names=["mu"], backend="matplotlib").viz["dist"]["mu"]
+    names, rows = forest["figure"].item().axes
+    assert {t.get_text() for t in names.texts} >= {"mu", "theta", *"abcdef", "u", "v"}
+    assert len(rows.lines) == 2 * 14
+    for name, dims in (("mu", ("feature",)), ("theta", ("group", "feature"))):
+        mean, sd = (tree[group][name].transpose(*dims).values.ravel() for group in ("posterior_mean", "posterior_sd"))
+        points, halves = (forest[part][name].squeeze(drop=True).transpose(*dims).values.ravel() for part in ("point_estimate", "trunk"))
+        np.testing.assert_array_less(abs(np.array([p.get_offsets()[0, 0] for p in points]) - mean), 0.15 * sd)
+        # The trunk holds the middle half.
+        np.testing.assert_allclose([np.ptp(line.get_xdata()) for line in halves], 1.349 * sd, rtol=0.15)
+    for line, mean, sd in zip(dist.values, tree["posterior_mean"]["mu"].values, tree["posterior_sd"]["mu"].values, strict=True):
+        x, density = line.get_data()
+        weight = density / density.sum()
+        assert np.trapezoid(density, x) == pytest.approx(1.0, abs=0.02)
+        assert weight @ x == pytest.approx(mean, abs=0.15 * sd)
+        assert np.sqrt(weight @ (x - weight @ x) ** 2) == pytest.approx(sd, rel=0.15)
 
 
 def test_reprs(fitted):

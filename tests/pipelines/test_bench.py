@@ -224,10 +224,12 @@ def test_the_harness_at_tiny_size(tmp_path, shared):
     assert all((tmp_path / f"rivals{which}.{kind}").stat().st_size > 1000 for which in ("", "-small") for kind in ("png", "svg"))
 
 
-@pytest.mark.parametrize("who", [rivals.EXPERT, rivals.AUTONORMAL, rivals.MULTIVARIATE, rivals.PYRO, rivals.NUTS])
-def test_every_rival_comes_nearer_with_time(tmp_path, shared, who):
-    """Skipped where its library is absent."""
-    grid = rivals.Grid(batches=(16,), rates=(3e-2,), steps=(600,), full_steps=(600,), warmup=200, checkpoints=6, small=20)
+@pytest.mark.parametrize(
+    ("who", "steps"), [(rivals.EXPERT, 600), (rivals.AUTONORMAL, 600), (rivals.MULTIVARIATE, 2000), (rivals.PYRO, 600), (rivals.NUTS, 600)]
+)
+def test_every_rival_comes_nearer_with_time(tmp_path, shared, who, steps):
+    """Skipped where its library is absent. A full covariance has more to learn."""
+    grid = rivals.Grid(batches=(16,), rates=(3e-2,), steps=(steps,), full_steps=(steps,), warmup=200, checkpoints=6, small=20)
     job = Job(tmp_path, shared, tmp_path, limit=200.0)
     chosen = next(c for c in rivals.contestants(job, 20, grid) if c.who == who)
     if gone := rivals.missing(chosen.needs):
@@ -236,7 +238,7 @@ def test_every_rival_comes_nearer_with_time(tmp_path, shared, who):
     assert not curve.note
     assert len(curve.points) == 6
     assert curve.points[-1].gap > -1e-3
-    assert curve.points[-1].gap < 0.5
+    assert curve.points[-1].gap < 0.2
     assert curve.points[-1].gap < curve.points[0].gap
 
 
