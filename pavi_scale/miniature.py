@@ -58,7 +58,7 @@ def first_selection(study: StudyComputation, fewer: dict[str, int] | None = None
 
 def miniature(study: StudyComputation, seed: int) -> StudyComputation | None:
     """The study of a few random units of each plate that free rows lie on, and of the split plate; None where the whole is small, or plates are nested."""
-    layout, model, split = study.layout, study.graph.model, study.settings.split
+    layout, split = study.layout, study.settings.split
     if split is None or layout.index or coordinates_of_rows(study) <= LARGE:
         return None
     few = {p: layout.cardinality[p] for b in study.guide.blocks if b.free for p in b.plates if p != split}
