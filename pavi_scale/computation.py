@@ -379,7 +379,8 @@ class StudyComputation:
                 part = points[start : min(start + size, *going.values())]
                 moments.add(self.space.values(torch.tensor(part, dtype=self.dtype)), len(part), going)
                 start += len(part)
-        out: dict[str, np.ndarray] = {}
+        out: dict[str, np.ndarray] = {f"held/{b}": table for b, table in moments.held.items()}
+        out.update({f"at/{b}": flat_positions(self.layout, reduced.selection, self.block(b)) for b in moments.held})
         for name, (mean, sd) in moments.result().items():
             plates = self.graph.model.variables[name].plates
             if not self.guide.counted(reduced, plates, shard.plate, shard.first):

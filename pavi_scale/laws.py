@@ -73,9 +73,19 @@ class IsotropicNormalMixture(Distribution):
         return torch.logsumexp(joint, -1) + rest
 
     def evidence(self, value: Tensor) -> Tensor:
-        """Log-density of `value` `[..., D]` under each component, `[..., K]`: log N(x; m_k, s^2 I)."""
-        joint, rest = self._joint(value)
-        return joint - self.logits + (rest + torch.logsumexp(self.logits, -1)).unsqueeze(-1)
+        """Log-density of `value` `[..., D]` under each component, `[..., K]`: log N(x; m_k, s^2 I).
+
+        Differences between components are as exact as in `log_prob`; what they share is to single rounding of |x|^2, and no copy of x is made.
+        """
+        centre = self.loc.detach().mean(-2)
+        m = self.loc - centre.unsqueeze(-2)
+        rows = torch.cat([m, centre.unsqueeze(-2)], -2)
+        product = (value.unsqueeze(-2) @ rows.mT).squeeze(-2)
+        apart = product[..., :-1] - (centre.unsqueeze(-2) * m).sum(-1) - 0.5 * m.square().sum(-1)
+        off = torch.linalg.vector_norm(value, dim=-1).square() - 2 * product[..., -1] + centre.square().sum(-1)
+        precision = self.scale**-2
+        constant = value.shape[-1] * (self.scale.log() + 0.5 * math.log(2.0 * math.pi))
+        return precision.unsqueeze(-1) * apart - (0.5 * precision * off + constant).unsqueeze(-1)
 
     def responsibilities(self, value: Tensor) -> Tensor:
         """Posterior probability of each component given `value` `[..., D]`, `[..., K]`."""

@@ -58,6 +58,7 @@ class Moments:
         self.second: dict[str, Tensor] = {}
         self.shift: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
+        self.held: dict[str, np.ndarray] = {}  # coarse block of a labelled component -> what its draws need (`Labels.draw`)
 
     def add(self, root: Mapping[str, Value], particles: int, only: Collection[str] | None = None) -> None:
         """Account for K root points, for the components named `only` (an earlier one that they need must be among them), by default for all."""
@@ -70,7 +71,10 @@ class Moments:
             local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
             data = labelled(component, self.guide.graph) if self.reduced.dtype == torch.float32 else None
             if data is not None:
-                found_labels = LabelledCore(local, data, "moments").moments()
+                labels = LabelledCore(local, data, "moments")
+                if labels.parent is not None:
+                    self.held.setdefault(labels.parent.name, labels.held)
+                found_labels = labels.moments()
                 for block in component.blocks:
                     for latent in block.latents:
                         self._accumulate(latent, particles, *(local.split(block, latent, t) for t in found_labels[block.name]))

@@ -20,6 +20,7 @@ from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.elbo import correctors, log_root
 from pavi_scale.guide.blocks import Block, Component, lies_below
 from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.labels import Labels, labelled
 from pavi_scale.guide.local import candidates, draw, fit_core, resample
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
@@ -47,6 +48,7 @@ def inputs(computation: StudyComputation, components: Sequence[Component]) -> li
 
 
 STRATA = 1000
+AT_ONCE = 1 << 22  # values of the data, times draws, of a labelled component's units
 
 
 @dataclass
@@ -93,19 +95,29 @@ class GuideSampler:
         draws = np.asarray(draws)
         components = needed(study.guide.components, study, names)
         asked = {p: np.asarray(units[p]) if p in units else np.arange(study.layout.cardinality[p]) for n in names for p in model.variables[n].plates}
-        selection = self._selection(components, asked)
+        held = {c.name: f"held/{c.blocks[0].name}" for c in components if labelled(c, study.graph) and f"held/{c.blocks[0].name}" in self.state}
+        selection = self._selection(components, asked, held)
         out: dict[str, list[np.ndarray]] = {n: [] for n in names}
         with precision(study.dtype), torch.no_grad():
             reduced = study.reduced(selection, inputs(study, components))
             weights = study.weights(self.state, reduced)
             corrections = correctors(weights, reduced)
             size = max(1, study.per_chunk(reduced) // max(1, study.draws_per_unit(self.state)))
+            if held:
+                values_read = (reduced.count(v.plates) * math.prod(study.graph.shape(v)) for v in model.of_kind("observed"))
+                size = max(1, min(size, AT_ONCE // max(1, sum(values_read))))
             for start in range(0, len(draws), size):
                 part = draws[start : start + size]
                 values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
                 noise = self._noise(selection, part)
                 for component in components:
-                    core = fit_core(LocalModel(component, reduced, values, weights.sites, len(part)), differentiable=False)
+                    local = LocalModel(component, reduced, values, weights.sites, len(part))
+                    if component.name in held:
+                        top = component.blocks[0]
+                        table = self.state[held[component.name]][flat_positions(study.layout, selection, top)]
+                        values.update(local.values(Labels(local, str(labelled(component, study.graph))).draw(table, noise)))
+                        continue
+                    core = fit_core(local, differentiable=False)
                     if component.resampled:
                         tried = candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections)
                         values.update(resample(core, tried, self._uniforms(selection, component, part)))
@@ -115,12 +127,16 @@ class GuideSampler:
                     out[n].append(self._pick(values[n], model.variables[n].plates, selection, asked))
         return {n: np.concatenate(parts) for n, parts in out.items()}
 
-    def _selection(self, components: Sequence[Component], asked: Mapping[str, np.ndarray]) -> Selection:
-        """The smallest closed selection that holds what is asked for."""
+    def _selection(self, components: Sequence[Component], asked: Mapping[str, np.ndarray], held: Mapping[str, str]) -> Selection:
+        """The smallest closed selection that holds what is asked for; of components whose parents' posterior is held, only that itself."""
         study = self.computation
-        chosen: dict[str, np.ndarray] = {}
         plates = study.graph.model.plates
+        mine = {p for c in components if c.name in held for b in c.blocks for p in b.plates}
+        chosen = {p: np.unique(asked[p]) if p in asked else np.arange(1) for p in mine}
+        components = [c for c in components if c.name not in held]
         for top in splittable(study.graph.model, components):
+            if top in chosen:
+                continue
             below = [p for p in asked if lies_below(plates, (p,), (top,))]
             if below:
                 chosen[top] = np.unique(np.concatenate([study.layout.path(p, top)[asked[p]] for p in below]))

@@ -49,6 +49,7 @@ def write_posterior(
     count = max(limits.values(), default=1)
     picks = pool.resample(spread(min(limits.values(), default=count), count))
     answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, [{**t, "limits": limits} for t in tasks])
+    state.update(gather_held(study, answers))
     write_root(writer, computation, state)
     write_returned(writer, study, answers)
     status, tables = diagnose(computation, engine, state, facts, int(config["seed"]), trainer.tasks())
@@ -59,6 +60,18 @@ def write_posterior(
     run.log("done", status=status)
     nats, error = context.sampler.elbo(4, 0) if study.plan.data_bytes < SMALL else (facts["trace"][-1][1], None)
     return {"phase": "done", "status": status, "elbo": nats, "elbo_error": error if error is not None and math.isfinite(error) else None}
+
+
+def gather_held(study: Study, answers: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What draws of labelled components need of their parents, as whole tables: a draw of few units then reads the data of those units only."""
+    tables: dict[str, np.ndarray] = {}
+    for answer in answers:
+        for key in (k for k in answer if k.startswith("held/")):
+            block = next(b for b in study.guide.blocks if b.name == key.removeprefix("held/"))
+            count = math.prod(study.cohort.layout.cardinality[p] for p in block.plates)
+            table = tables.setdefault(key, np.zeros((count, answer[key].shape[1])))
+            table[answer[f"at/{block.name}"]] = answer[key]
+    return tables
 
 
 def spread(few: int, count: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,14 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component, Factor
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Pair, factorise
-from pavi_scale.guide.sweeps import LANES, sweep
+from pavi_scale.guide.mode import Noise
+from pavi_scale.guide.sweeps import LANES, scatter, sweep
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Value
 
 SLAB = 1 << 20  # values of the data, times particles, looked at together
 SWEEPS = 20
-FIRST_STEPS, STEPS = 3, 2  # Newton steps of each leaf in the first sweep, and in the others
+FIRST_STEPS, STEPS, DRAW_STEPS = 3, 2, 3  # Newton steps of each leaf in the first sweep, in the others, and for a draw
 NEAR, MIXED = 0.5, 3.0  # longest step, in units of the most, that is mixed with the one before; share of that one at most
 SETTLED = 1e-2  # Newton decrement (nats) of a parent unit at which its search ends
 NOTHING = np.zeros((0, 0, 0), np.float32)
@@ -72,18 +74,22 @@ class Prior:
     d0: np.ndarray
     r0: np.ndarray
 
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """P^-1."""
+        return np.linalg.inv(self.p)
 
-class LabelledCore:
-    """Posterior of a labelled component at K root points, to third derivatives.
+
+class Labels:
+    """A labelled component on a reduced model: priors, and the evidence of every label, for K root points.
 
     Args:
-        local: The component given root and earlier components; its data whole below the selected parents.
+        local: The component given root and earlier components.
         data: The observed mixture (`labelled`).
-        wanted: "shares", "moments", or "" for neither.
     """
 
-    def __init__(self, local: LocalModel, data: str, wanted: str = "") -> None:
-        self.local, self.data, self.particles, self.wanted = local, data, local.particles, wanted
+    def __init__(self, local: LocalModel, data: str) -> None:
+        self.local, self.data, self.particles = local, data, local.particles
         *tops, self.leaf = local.component.blocks
         self.parent = tops[0] if tops else None
         self.plates = local.reduced.graph.model.variables[data].plates
@@ -93,27 +99,11 @@ class LabelledCore:
         self.layout = (inner, below, outer)
         sizes = local.reduced.sizes
         self.shape = (math.prod(sizes(inner)), math.prod(sizes(below)), self.leaf.dim, math.prod(sizes(outer)))
-        start: np.ndarray | None = None
-        if self.parent is not None:
-            known = local.reduced.starts.get(self.parent.name)  # where an earlier round ended
-            start = (local.start()[self.parent.name][0, :, 0] if known is None else known).to(torch.float64).numpy()
-        leaves, observations, labels, n = self.shape
-        moments, shares = int(wanted == "moments"), int(wanted == "shares")
-        self._share = np.empty((self.particles, leaves * shares, observations, labels, n), np.float32)
-        self._mean, self._variance = (np.empty((self.particles, leaves * moments, labels, n), np.float32) for _ in range(2))
-        self.top: list[np.ndarray] = []
-        self.factor: list[np.ndarray] = []
-        self.value: list[np.ndarray] = []
         self.priors = self._priors()
         self.evidence = np.empty((self.particles, *self.shape), np.float32)
         own = self.by_plates(self.evidence)
         for rows in self.slabs():
             own[:, rows] = local.reduced.evidence(data, local.given, rows).detach().numpy()
-        for k in range(self.particles):
-            self._settle(k, start)
-            start = self.top[-1].T  # neighbouring root points have neighbouring answers
-        if self.parent is not None:
-            local.reduced.starts[self.parent.name] = torch.from_numpy(self.top[0].T.copy())
 
     def by_plates(self, x: np.ndarray) -> np.ndarray:
         """A view of `[K, S, T, L, n]` as `[K, *plates, L]`."""
@@ -136,9 +126,13 @@ class LabelledCore:
         zeros = {b.name: torch.zeros((), dtype=local.reduced.dtype).expand(self.particles, local.units(b), 1, b.dim) for b in local.component.blocks}
         coarse = self.parent.dim if self.parent else 0
         above = self.parent.name if self.parent else ""
-        out = []
+        out: list[Prior] = []
         found = [(f, *_quadratic(local, f, zeros)) for f in local.component.factors if f.variable in local.component.uniform]
+        same = not any(p in local.given for f, *_ in found for p in local.reduced.graph.model.variables[f.variable].parents)
         for k in range(self.particles):
+            if same and out:
+                out.append(out[0])
+                continue
             v = v0 = 0.0
             c, d, d0 = np.zeros(self.leaf.dim), np.zeros(coarse), np.zeros(coarse)
             p, q, r, r0 = np.zeros((self.leaf.dim,) * 2), np.zeros((self.leaf.dim, coarse)), np.zeros((coarse, coarse)), np.zeros((coarse, coarse))
@@ -154,6 +148,87 @@ class LabelledCore:
             out.append(Prior(v, c, d, p, q, r, v0, d0, r0))
         return out
 
+    def units_first(self, parts: np.ndarray) -> Tensor:
+        """`[K, S, L, n]` as the coordinates of the leaves' block, `[K, S n, 1, L]`."""
+        inner, _, outer = self.layout
+        sizes, axes = self.local.reduced.sizes, (*inner, "", *outer)
+        whole = torch.from_numpy(parts).reshape(len(parts), *sizes(inner), self.leaf.dim, *sizes(outer))
+        return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(len(parts), -1, 1, self.leaf.dim)
+
+    def leaves_first(self, coordinates: Tensor) -> np.ndarray:
+        """The inverse of `units_first`, in single precision."""
+        inner, _, outer = self.layout
+        sizes = self.local.reduced.sizes
+        whole = coordinates.reshape(len(coordinates), *sizes(self.leaf.plates), self.leaf.dim).to(torch.float32)
+        axes = (*self.leaf.plates, "")
+        out = whole.permute(0, *(1 + axes.index(p) for p in (*inner, "", *outer)))
+        return np.ascontiguousarray(out.numpy()).reshape(len(coordinates), self.shape[0], self.shape[2], self.shape[3])
+
+    def draw(self, held: np.ndarray, noise: Noise) -> dict[str, Tensor]:
+        """A draw for each root point, by block, `[K, n, 1, e]`: the parent from what a pass over all its leaves left, the leaves given it.
+
+        What a draw of the root would change of the parent is left out: it speaks through all the leaves, a leaf's own data through few.
+
+        Args:
+            held: Of each parent unit the mode and the Cholesky factor of its precision, `[n, E + E E]`.
+            noise: Standard normals by block.
+        """
+        leaves, _, labels, n = self.shape
+        out: dict[str, Tensor] = {}
+        top = np.zeros((self.particles, 0, n))
+        if self.parent is not None:
+            e = self.parent.dim
+            spread = np.linalg.inv(held[:, e:].reshape(n, e, e))  # M^T, M M^T = H^-1
+            white = noise(self.parent, (self.particles, n, 1, e))[:, :, 0].to(torch.float64).numpy()
+            drawn = held[None, :, :e] + np.einsum("nfe,knf->kne", spread, white, optimize=True)
+            top = drawn.transpose(0, 2, 1)
+            out[self.parent.name] = torch.from_numpy(drawn[:, :, None])
+        white_leaves = self.leaves_first(noise(self.leaf, (self.particles, leaves * n, 1, labels)))
+        z = np.empty((self.particles, leaves, labels, n), np.float32)
+        for k, prior in enumerate(self.priors):
+            offset = (prior.c[:, None] - prior.q @ top[k]) * np.ones(n)
+            z[k] = prior.inverse @ offset
+            scatter(self.evidence[k], z[k], offset.astype(np.float32), prior.p.astype(np.float32), DRAW_STEPS, white_leaves[k])
+        out[self.leaf.name] = self.units_first(z)
+        return out
+
+
+class LabelledCore(Labels):
+    """Posterior of a labelled component at K root points, to third derivatives.
+
+    Args:
+        local: The component given root and earlier components; its data whole below the selected parents.
+        data: The observed mixture (`labelled`).
+        wanted: "shares", "moments", or "" for neither.
+    """
+
+    def __init__(self, local: LocalModel, data: str, wanted: str = "") -> None:
+        super().__init__(local, data)
+        self.wanted = wanted
+        start: np.ndarray | None = None
+        if self.parent is not None:
+            known = local.reduced.starts.get(self.parent.name)  # where an earlier round ended
+            start = (local.start()[self.parent.name][0, :, 0] if known is None else known).to(torch.float64).numpy()
+        leaves, observations, labels, n = self.shape
+        moments, shares = int(wanted == "moments"), int(wanted == "shares")
+        self._share = np.empty((self.particles, leaves * shares, observations, labels, n), np.float32)
+        self._mean, self._variance = (np.empty((self.particles, leaves * moments, labels, n), np.float32) for _ in range(2))
+        self.top: list[np.ndarray] = []
+        self.factor: list[np.ndarray] = []
+        self.value: list[np.ndarray] = []
+        self._z: np.ndarray | None = None
+        for k in range(self.particles):
+            self._settle(k, start)
+            start = self.top[-1].T  # neighbouring root points have neighbouring answers
+        self._z = None
+        if self.parent is not None:
+            local.reduced.starts[self.parent.name] = torch.from_numpy(self.top[0].T.copy())
+
+    @property
+    def held(self) -> np.ndarray:
+        """What `Labels.draw` needs of the parents, from the first root point."""
+        return np.concatenate([self.top[0].T, self.factor[0].reshape(len(self.factor[0]), -1)], 1)
+
     def _settle(self, k: int, start: np.ndarray | None) -> None:
         """Newton steps of the parents until they move by little."""
         leaves, _, _, n = self.shape
@@ -166,13 +241,15 @@ class LabelledCore:
             self._finish(k, z, np.zeros((0, n)), np.zeros((n, 0, 0)))
             return
         top = np.array(start, dtype=np.float64).T
-        z = np.repeat(np.linalg.solve(prior.p, prior.c[:, None] - prior.q @ top)[None], leaves, 0).astype(np.float32)
+        fresh = self._z is None
+        z = np.repeat(np.linalg.solve(prior.p, prior.c[:, None] - prior.q @ top)[None], leaves, 0).astype(np.float32) if self._z is None else self._z
+        self._z = z
         factor, mixing = np.zeros((n, len(top), len(top))), Mixing(top, float(np.mean(1 / np.sqrt(np.diagonal(prior.r0)))))
         todo = groups
         for number in range(SWEEPS):
             at = (todo[:, None] + np.arange(LANES)).ravel()
             at = at[at < n]
-            mean, cov = self._sweep(b, z, todo, prior.c[:, None] - prior.q @ top, prior, STEPS if number else FIRST_STEPS)
+            mean, cov = self._sweep(b, z, todo, prior.c[:, None] - prior.q @ top, prior, FIRST_STEPS if fresh and not number else STEPS)
             here = top[:, at]
             g = prior.d0[:, None] - prior.r0 @ here + leaves * (prior.d[:, None] - prior.r @ here) - prior.q.T @ mean[:, at]
             h = prior.r0 + leaves * prior.r - np.einsum("ie,nij,jf->nef", prior.q, cov[at], prior.q, optimize=True)
@@ -238,16 +315,7 @@ class LabelledCore:
 
     def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Block -> mean and variance of its coordinates given the root, `[K, n, 1, e]`."""
-        inner, _, outer = self.layout
-        sizes = self.local.reduced.sizes
-        labels = self.shape[2]
-        axes = (*inner, "", *outer)
-
-        def units_first(parts: np.ndarray) -> Tensor:
-            whole = torch.from_numpy(parts).reshape(self.particles, *sizes(inner), labels, *sizes(outer))
-            return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(self.particles, -1, 1, labels)
-
-        out = {self.leaf.name: (units_first(self._mean), units_first(self._variance))}
+        out = {self.leaf.name: (self.units_first(self._mean), self.units_first(self._variance))}
         if self.parent is not None:
             spread = [np.linalg.inv(f) for f in self.factor]
             top = torch.from_numpy(np.stack(self.top)).transpose(1, 2)[:, :, None]

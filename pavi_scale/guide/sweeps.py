@@ -226,7 +226,7 @@ def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, lev
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
-def _spread(c: Any, gain: Any, at: Any, width: Any, v: Any, h: Any) -> None:
+def _spread(c: Any, gain: Any, v: Any, h: Any) -> None:
     """h <- C + V V^T with V = C gain: the leaf's covariance with what its parent's spread adds."""
     labels = len(c)
     for i in range(labels):
@@ -238,8 +238,8 @@ def _spread(c: Any, gain: Any, at: Any, width: Any, v: Any, h: Any) -> None:
             for u in range(LANES):
                 v[i, u] = np.float32(0.0)
             for k in range(labels):
-                for u in range(width):
-                    v[i, u] += c[i, k, u] * gain[k, e, at + u]
+                for u in range(LANES):
+                    v[i, u] += c[i, k, u] * gain[k, e, u]
         for i in range(labels):
             for k in range(i + 1):
                 for u in range(LANES):
@@ -317,11 +317,15 @@ def sweep(
     here, g, work = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
     own, shift = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
     one, two, level = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    local = np.empty((labels, coarse, LANES), np.float32)
     for at in todo:
         width = min(LANES, parents - at)
         for i in range(labels):
             for u in range(LANES):
                 own[i, u] = offset[i, at + u] if u < width else np.float32(0.0)
+            for e in range(coarse):
+                for u in range(LANES):
+                    local[i, e, u] = gain[i, e, at + u] if u < width else np.float32(0.0)
         for s in range(leaves):
             for i in range(labels):
                 for u in range(LANES):
@@ -346,6 +350,61 @@ def sweep(
                     for u in range(width):
                         cov_sum[i, k, at + u] += c[i, k, u]
             if coarse:
-                _spread(c, gain, at, width, g, h)
+                _spread(c, local, g, h)
             _skew(h if coarse else c, share, share_out.size > 0, work, one, two, shift)
             _report(s, at, width, here, c, h if coarse else c, share, work, shift, mean_sum, mean, variance, share_out)
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)  # type: ignore[misc]
+def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any) -> None:
+    """A draw of every leaf given its parent: mean + L^-T u.
+
+    Args:
+        b: Evidence, `[S, T, L, n]`, float32.
+        z: Logits to start from, `[S, L, n]`; replaced by the draw.
+        offset: P loc, `[L, n]`.
+        precision: P, `[L, L]`.
+        steps: Newton steps.
+        noise: Standard normals u, `[S, L, n]`.
+    """
+    leaves, observations, labels, parents = b.shape
+    h = np.empty((labels, labels, LANES), np.float32)
+    c = np.empty((labels, labels, LANES), np.float32)
+    share = np.empty((observations + 1, labels, LANES), np.float32)
+    here, g, work = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
+    own, shift = np.empty((labels, LANES), np.float32), np.empty((labels, LANES), np.float32)
+    one, two, level = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    for at in range(0, parents, LANES):
+        width = min(LANES, parents - at)
+        for i in range(labels):
+            for u in range(LANES):
+                own[i, u] = offset[i, at + u] if u < width else np.float32(0.0)
+        for s in range(leaves):
+            for i in range(labels):
+                for u in range(LANES):
+                    here[i, u] = z[s, i, at + u] if u < width else np.float32(0.0)
+            for _ in range(steps):
+                _look(b, s, at, width, here, own, precision, share, one, two, g, h, level, False)
+                _factorise(h, precision)
+                _solve(h, g)
+                for i in range(labels):
+                    for u in range(LANES):
+                        here[i, u] += min(max(g[i, u], -LONGEST), LONGEST)
+            for i in range(labels - 1, -1, -1):
+                for u in range(LANES):
+                    g[i, u] = noise[s, i, at + u] if u < width else np.float32(0.0)
+                for m in range(i + 1, labels):
+                    for u in range(LANES):
+                        g[i, u] -= h[m, i, u] * g[m, u]
+                for u in range(LANES):
+                    g[i, u] *= h[i, i, u]
+            _invert(h, c)
+            _skew(c, share, False, work, one, two, shift)
+            for i in range(labels):
+                for u in range(LANES):
+                    work[i, u] = np.float32(0.0)
+                for k in range(labels):
+                    for u in range(LANES):
+                        work[i, u] += c[i, k, u] * shift[k, u]
+                for u in range(width):
+                    z[s, i, at + u] = here[i, u] + HALF * work[i, u] + g[i, u]
