@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 import pavi_scale as ps
 from pavi_scale.errors import InputError
 from pipelines import common, hcp
-from pipelines.hcp import figures
+from pipelines.hcp import figures, quality
 from pipelines.hcp.simulate import THREADS, VERTICES, make_cohort, subjects_of
 
 
@@ -149,6 +149,21 @@ def maps(args: argparse.Namespace) -> None:
     print(f"{len(files):,} files written to {args.out}")
 
 
+def judge(args: argparse.Namespace) -> None:
+    """Compare a run's posterior with the truth that its cohort was made from, and with an oracle; time what is asked of it."""
+    posterior = ps.open_posterior(args.run, model=hcp.model)
+    cohort, truth = (xr.open_zarr(args.cohort, group=group, consolidated=False) for group in (None, "truth"))
+    truth = quality.in_order(posterior, truth)
+    print(f"status: {posterior.status}")
+    for what, found in (
+        ("queries", lambda: quality.queries(posterior)), ("against the oracle", lambda: quality.against_oracle(posterior, cohort, truth)),
+        ("against the truth", lambda: quality.against_truth(posterior, truth)),
+    ):  # fmt: skip
+        with timed(what):
+            for name, figure in found().items():
+                print(f"   {name}: {figure:,.4g}")
+
+
 def add_surfaces(commands: Any) -> None:
     """The commands that read and write surface files."""
     of = commands.add_parser("ingest", help="surface files into a cohort", description="CIFTI or GIFTI files with BIDS names into a cohort's Zarr store.")
@@ -180,13 +195,17 @@ def main() -> None:
     of = commands.add_parser("demo", parents=[made], help="simulate, plan, fit, query, report")
     of.add_argument("--workers", type=int, default=2)
     of.add_argument("--memory", default="1400 MiB", help="of each process (%(default)s)")
-    of.add_argument("--max-time", type=float, default=45.0, help="seconds after which training stops, converged or not (%(default)s)")
+    of.add_argument("--max-time", type=float, help="seconds after which training stops, converged or not")
     of.add_argument("--cohort", default="runs/hcp-demo/cohort.zarr", help="Zarr store of the cohort (%(default)s)")
     of.add_argument("--run", default="runs/hcp-demo/run", help="run directory of the demo (%(default)s)")
     of.set_defaults(run_command=demo)
     of = commands.add_parser("simulate", parents=[made], help="simulate the cohort alone")
     of.add_argument("--cohort", default="data/hcp.zarr", help="Zarr store of the cohort (%(default)s)")
     of.set_defaults(run_command=simulate)
+    of = commands.add_parser("judge", help="a run's posterior against the truth and an oracle, and the time of queries")
+    of.add_argument("run", metavar="RUN", help="run directory")
+    of.add_argument("--cohort", required=True, help="Zarr store that it was fitted to, with its truth")
+    of.set_defaults(run_command=judge)
     add_surfaces(commands)
     args = parser.parse_args()
     args.run_command(args)
