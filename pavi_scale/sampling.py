@@ -6,7 +6,9 @@ Draw d of a ground unit is a function of (seed, block, ground index, d): the sam
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,7 @@ def inputs(computation: StudyComputation, components: Sequence[Component]) -> li
 
 
 STRATA = 1000
-AT_ONCE = 1 << 22  # values of the data, times draws, of a labelled component's units
+AT_ONCE = 1 << 21  # values of the data, times draws, of a labelled component's units
 
 
 @dataclass
@@ -97,24 +99,24 @@ class GuideSampler:
         asked = {p: np.asarray(units[p]) if p in units else np.arange(study.layout.cardinality[p]) for n in names for p in model.variables[n].plates}
         held = {c.name: f"held/{c.blocks[0].name}" for c in components if labelled(c, study.graph) and f"held/{c.blocks[0].name}" in self.state}
         selection = self._selection(components, asked, held)
-        out: dict[str, list[np.ndarray]] = {n: [] for n in names}
         with precision(study.dtype), torch.no_grad():
             reduced = study.reduced(selection, inputs(study, components))
             weights = study.weights(self.state, reduced)
             corrections = correctors(weights, reduced)
-            size = max(1, study.per_chunk(reduced) // max(1, study.draws_per_unit(self.state)))
-            if held:
-                values_read = (reduced.count(v.plates) * math.prod(study.graph.shape(v)) for v in model.of_kind("observed"))
-                size = max(1, min(size, AT_ONCE // max(1, sum(values_read))))
-            for start in range(0, len(draws), size):
-                part = draws[start : start + size]
+        size = max(1, study.per_chunk(reduced) // max(1, study.draws_per_unit(self.state)))
+        if held:
+            values_read = (math.prod((*reduced.sizes(v.plates), *study.graph.shape(v))) for v in model.of_kind("observed"))
+            size = max(1, min(size, AT_ONCE // max(1, sum(values_read))))
+
+        def some(start: int) -> dict[str, np.ndarray]:
+            part = draws[start : start + size]
+            with precision(study.dtype), torch.no_grad():
                 values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
                 noise = self._noise(selection, part)
                 for component in components:
                     local = LocalModel(component, reduced, values, weights.sites, len(part))
                     if component.name in held:
-                        top = component.blocks[0]
-                        table = self.state[held[component.name]][flat_positions(study.layout, selection, top)]
+                        table = self.state[held[component.name]][flat_positions(study.layout, selection, component.blocks[0])]
                         values.update(local.values(Labels(local, str(labelled(component, study.graph))).draw(table, noise)))
                         continue
                     core = fit_core(local, differentiable=False)
@@ -123,9 +125,16 @@ class GuideSampler:
                         values.update(resample(core, tried, self._uniforms(selection, component, part)))
                     else:
                         values.update(draw(core, noise, corrections).values)
-                for n in names:
-                    out[n].append(self._pick(values[n], model.variables[n].plates, selection, asked))
-        return {n: np.concatenate(parts) for n, parts in out.items()}
+                return {n: self._pick(values[n], model.variables[n].plates, selection, asked) for n in names}
+
+        starts = range(0, len(draws), size)
+        if held and len(starts) > 1:  # the loops over leaves let other threads run
+            parts = [some(0)]  # reads the data
+            with ThreadPoolExecutor(os.cpu_count() or 1, "pavi-draw", torch.set_num_threads, (1,)) as pool:
+                parts += pool.map(some, starts[1:])
+        else:
+            parts = [some(start) for start in starts]
+        return {n: np.concatenate([part[n] for part in parts]) for n in names}
 
     def _selection(self, components: Sequence[Component], asked: Mapping[str, np.ndarray], held: Mapping[str, str]) -> Selection:
         """The smallest closed selection that holds what is asked for; of components whose parents' posterior is held, only that itself."""
