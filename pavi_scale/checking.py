@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pavi_scale.cohort.foreign import check_store
-from pavi_scale.digests import COHORT, MANIFEST
+from pavi_scale.digests import COHORT
 from pavi_scale.errors import InputError
 from pavi_scale.events import read
 from pavi_scale.lease import newest
@@ -60,7 +60,7 @@ def check_cohort(path: Path) -> Rows:
     Raises:
         CohortError: A file is damaged or missing.
     """
-    if (path / MANIFEST).exists():
+    if COHORT.path(path).exists():
         return [("cohort", f"sound: {COHORT.verify(path)} files as in their manifest")]
     arrays, checked = check_store(path)
     caution = "and there is no manifest: a flipped bit elsewhere may go unseen"

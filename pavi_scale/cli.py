@@ -19,7 +19,7 @@ from pavi_scale.checking import check_path, check_run
 from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.cohort.truth import open_truth
 from pavi_scale.config import Study, load_cluster, load_model, load_study
-from pavi_scale.digests import COHORT, MANIFEST
+from pavi_scale.digests import COHORT
 from pavi_scale.errors import InputError, Interrupted, PaviError, PlanRefused
 from pavi_scale.fit import fit as fit_study
 from pavi_scale.fit import open_posterior
@@ -205,7 +205,7 @@ def check(
         _calibrate(found, cohort, runs, sizes or ())
         return
     cohort.check_values()
-    if cohort.source is not None and (Path(cohort.source) / MANIFEST).exists():
+    if cohort.source is not None and COHORT.path(Path(cohort.source)).exists():
         COHORT.verify(Path(cohort.source))
     _say([("cohort", f"sound: {format_bytes(cohort.nbytes)}, {cohort.layout!r}")])
     if not is_run(found.run):

@@ -364,8 +364,7 @@ class StudyComputation:
         """Posterior mean and sd of a shard's latents over root points `state["points"]`: written to the store, or returned.
 
         The components of `task["limits"]` look at that many of the points only. A latent is written here if the shard is a whole region of its
-        array; the others come back as `mean/<latent>`, `sd/<latent>`,
-        with the positions of ragged units as `units/<plate>`.
+        array; the others come back as `mean/<latent>`, `sd/<latent>`, with the positions of ragged units as `units/<plate>`.
         """
         reduced, shard = self.shard(task)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))

@@ -236,7 +236,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
     if "kind" in document and (not isinstance(kind, str) or kind not in KINDS):
         close = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.5)
         remedy = f"did you mean {close[0]!r}?" if close else "see cluster/README.md"
-        raise StudyError("unknown kind of cluster", where=f"{where}, key 'kind'", expected=f"one of {', '.join(KINDS)}", got=repr(kind), remedy=remedy)
+        raise StudyError("unknown kind of cluster", where=f"{where}, cluster key 'kind'", expected=f"one of {', '.join(KINDS)}", got=repr(kind), remedy=remedy)
     return _check(KINDS[kind or "local"], document, "cluster", where)
 
 

@@ -29,7 +29,7 @@ def crc(path: Path) -> int:
     return total
 
 
-def tree(store: Path) -> tuple[list[str], list[Path], list[str]]:
+def tree(store: Path, manifest: Path) -> tuple[list[str], list[Path], list[str]]:
     """Files (relative, without the manifest), directories, and whatever is neither (relative): links are named, not followed."""
     files, directories, others = [], [store], []
     pending = [store]
@@ -42,7 +42,7 @@ def tree(store: Path) -> tuple[list[str], list[Path], list[str]]:
                     directories.append(Path(entry.path))
                 elif not entry.is_file(follow_symlinks=False):
                     others.append(name)
-                elif name != MANIFEST:
+                elif store / name != manifest:
                     files.append(name)
     return sorted(files), directories, sorted(others)
 
@@ -57,6 +57,7 @@ class Manifest:
         what: The kind of store, in words.
         error: What is raised.
         remedy: What to do about damage.
+        within: Whether the manifest lies within the first array: Zarr warns of strange files in its groups, which users list.
     """
 
     format: str
@@ -64,6 +65,15 @@ class Manifest:
     what: str
     error: type[InputError]
     remedy: str
+    within: bool = False
+
+    def path(self, store: Path) -> Path:
+        """Where the manifest of a store lies."""
+        if self.within and store.is_dir():
+            for child in sorted(store.iterdir()):
+                if (child / "c").exists() and (child / "zarr.json").is_file():
+                    return child / MANIFEST
+        return store / MANIFEST
 
     def write(self, store: Path, attributes: Mapping[str, Any]) -> None:
         """Force every file and directory of the store to disk, then record sizes and checksums.
@@ -72,7 +82,7 @@ class Manifest:
             RunError: The disk fails, or there is a link in the store.
         """
         with disk_errors(f"the manifest of {self.what} cannot be written", store):
-            names, directories, others = tree(store)
+            names, directories, others = tree(store, self.path(store))
             if others:
                 got = f"{others[0]} is a link or a special file"
                 raise RunError("a store holds plain files", where=store, got=got, remedy="replace it by what it leads to")
@@ -89,7 +99,7 @@ class Manifest:
             }
             for directory in directories:
                 sync_directory(directory)
-            replace_bytes(store / MANIFEST, seal(document, where=store / MANIFEST))
+            replace_bytes(self.path(store), seal(document, where=self.path(store)))
 
     def read(self, store: Path) -> dict[str, Any]:
         """The manifest of a complete store.
@@ -97,7 +107,7 @@ class Manifest:
         Raises:
             InputError: (of the kind's own type) There is none, it is damaged, or its format is unknown.
         """
-        path = store / MANIFEST
+        path = self.path(store)
         if path.is_symlink() or not path.is_file():
             raise self.error(f"there is no complete {self.what}", where=store, expected=MANIFEST, got="nothing", remedy=self.remedy)
         try:
@@ -126,7 +136,7 @@ class Manifest:
         files: dict[str, list[int]] = self.read(store)["files"]
         try:
             with disk_errors(f"the {self.what} cannot be read", store):
-                faults = _faults(store, files, content)
+                faults = _faults(store, self.path(store), files, content)
         except RunError as error:
             raise self.error(error.what, where=error.where, got=error.got, remedy=error.remedy) from error
         if faults:
@@ -139,8 +149,8 @@ def _well_formed(files: object) -> bool:
     return isinstance(files, dict) and all(isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) for v in files.values())
 
 
-def _faults(store: Path, files: Mapping[str, list[int]], content: bool) -> list[str]:
-    names, _, others = tree(store)
+def _faults(store: Path, manifest: Path, files: Mapping[str, list[int]], content: bool) -> list[str]:
+    names, _, others = tree(store, manifest)
     there = set(names)
 
     def fault(item: tuple[str, list[int]]) -> str | None:
@@ -166,4 +176,5 @@ POSTERIOR = Manifest(
 COHORT = Manifest(
     "pavi-scale-cohort", 1, "cohort", CohortError, 
     f"restore it or write it again; if it was changed on purpose, remove {MANIFEST} and the root's attribute 'pavi_simulation'",
+    within=True,
 )

@@ -251,6 +251,7 @@ class Rows:
         dim, rest = trainer.study.space.dim, upper.rest
         mean, cov = upper.average(sites, centre.root, trainer._normals("average", PAIRS, len(rest))) if len(rest) else (centre.root, np.zeros((0, 0)))
         small = upper.size(upper.reduced) * REFIT_POINTS <= REFIT_VALUES
+        below = trainer.trace[-1][1] - centre.value if trainer.trace else 0.0  # what the data say, beside the laws above them
         khat = math.nan
 
         def whole(points: np.ndarray) -> np.ndarray:
@@ -261,7 +262,7 @@ class Rows:
         if 0 < len(rest) <= REFITTED and small:
             pool = refit(
                 lambda points, _: (upper.value(sites, whole(points)), None), mean[rest], cov, seed=trainer.seed, per_round=256, target=1000.0,
-                max_points=REFIT_POINTS, deadline=trainer.deadline, on_step=trainer.tell,
+                max_points=REFIT_POINTS, deadline=trainer.deadline, on_step=lambda stage, value: trainer.tell(stage, value + below),
             )
             points, weight, loc, chol, khat = whole(pool.points), pool.weight, pool.gaussian.loc, pool.gaussian.chol, pool.khat
         else:

@@ -189,7 +189,7 @@ def test_a_large_cohort_is_searched_in_miniature(tmp_path, monkeypatch):
     made = study.prepare(open_cohort(store, cortical), seed=5)
     whole = StudyComputation(made.graph, made.cohort, made.settings)
     assert miniature.miniature(whole, 0) is None  # not large
-    monkeypatch.setattr(miniature, "LARGE", 1000)
+    monkeypatch.setattr(miniature, "LARGE", 6000)
     monkeypatch.setattr(miniature, "SMALL", 5000)
     part = miniature.miniature(whole, 0)
     assert part.layout.cardinality["session"] * part.layout.cardinality["subject"] * 224 <= 5000

@@ -22,7 +22,7 @@ from pavi_scale.cohort import scan, schema
 from pavi_scale.cohort.foreign import is_url
 from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, as_index, reading
 from pavi_scale.cohort.source import Origin, Source, open_source
-from pavi_scale.digests import COHORT, MANIFEST
+from pavi_scale.digests import COHORT
 from pavi_scale.durable import disk_errors, sync_directory
 from pavi_scale.errors import CohortError
 from pavi_scale.model.template import Model
@@ -277,7 +277,7 @@ def open_cohort(source: Origin, model: Model, *, storage_options: Mapping[str, A
     """
     if isinstance(source, (str, os.PathLike)) and not is_url(os.fspath(source)):
         place = Path(os.path.expanduser(source))
-        if (place / MANIFEST).exists():
+        if COHORT.path(place).exists():
             COHORT.verify(place, content=False)
     return Cohort(model, open_source(source, storage_options), storage_options)
 

@@ -96,7 +96,7 @@ def check_seal(label: str, attributes: Mapping[str, Any]) -> None:
         return
     if simulation.get("complete") is False:
         raise CohortError("simulated cohort is incomplete", where=f"cohort {label!r}", got="a simulation that was cut short", remedy="run ps.simulate again")
-    if simulation.get("sealed") and not is_url(label) and not (Path(label) / MANIFEST).is_file():
+    if simulation.get("sealed") and not is_url(label) and not COHORT.path(Path(label)).is_file():
         raise CohortError("simulated cohort lacks its manifest", where=f"cohort {label!r}", expected=MANIFEST, got="nothing", remedy=COHORT.remedy)
 
 
