@@ -375,7 +375,7 @@ def _is_pointer(document: Mapping[str, Any]) -> bool:
     number, manifests = document.get("generation"), document.get("manifests")
     if not isinstance(manifests, dict) or not all(k.isdecimal() and k.isascii() and isinstance(v, str) for k, v in manifests.items()):
         return False
-    return number is None or (type(number) is int and str(number) in manifests)
+    return "generation" in document and (number is None or (type(number) is int and str(number) in manifests))
 
 
 def _storable(name: str, value: np.ndarray) -> np.ndarray:
