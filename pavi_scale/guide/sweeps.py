@@ -142,18 +142,26 @@ def _invert(h: Any, c: Any) -> None:
 
 
 @njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+def _times(c: Any, x: Any, out: Any) -> None:
+    """out <- C x."""
+    labels = len(c)
+    for i in range(labels):
+        for u in range(LANES):
+            out[i, u] = np.float32(0.0)
+        for k in range(labels):
+            for u in range(LANES):
+                out[i, u] += c[i, k, u] * x[k, u]
+
+
+@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
 def _third(c: Any, share: Any, sign: Any, work: Any, one: Any, two: Any, t: Any) -> None:
     """Adds sign times the gradient of tr(C (diag r - r r^T)) by z to t: r_j (C_jj - sum_k C_kk r_k - 2 ((C r)_j - r C r))."""
     labels = len(c)
+    _times(c, share, work)
     for u in range(LANES):
         one[u] = np.float32(0.0)
         two[u] = np.float32(0.0)
     for i in range(labels):
-        for u in range(LANES):
-            work[i, u] = np.float32(0.0)
-        for k in range(labels):
-            for u in range(LANES):
-                work[i, u] += c[i, k, u] * share[k, u]
         for u in range(LANES):
             one[u] += c[i, i, u] * share[i, u]
             two[u] += work[i, u] * share[i, u]
@@ -245,12 +253,8 @@ def _report(
 ) -> None:
     """Write what is asked of a leaf: its mean here + C t / 2, its variance, its observations' label probabilities."""
     labels = len(c)
+    _times(c, shift, work)
     for i in range(labels):
-        for u in range(LANES):
-            work[i, u] = np.float32(0.0)
-        for k in range(labels):
-            for u in range(LANES):
-                work[i, u] += c[i, k, u] * shift[k, u]
         for u in range(width):
             found = here[i, u] + HALF * work[i, u]
             mean_sum[i, at + u] += found
@@ -376,11 +380,7 @@ def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any)
                     g[i, u] *= h[i, i, u]
             _invert(h, c)
             _skew(c, share, False, work, one, two, shift)
+            _times(c, shift, work)
             for i in range(labels):
-                for u in range(LANES):
-                    work[i, u] = np.float32(0.0)
-                for k in range(labels):
-                    for u in range(LANES):
-                        work[i, u] += c[i, k, u] * shift[k, u]
                 for u in range(width):
                     z[s, i, at + u] = here[i, u] + HALF * work[i, u] + g[i, u]

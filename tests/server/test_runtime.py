@@ -59,7 +59,7 @@ def test_equals_the_local_engine_bit_for_bit(engine, make_spec, state, tasks):
     assert engine.round("numeric", state, []) == []
 
 
-def all_pids(engine, seconds=300):
+def all_pids(engine, seconds=30):
     """Processes that take part, once there are two."""
     until = time.monotonic() + seconds
     pids = set()
