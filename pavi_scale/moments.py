@@ -33,6 +33,25 @@ def conditional_moments(core: Core, z: Mapping[str, Tensor], name: str) -> tuple
     return gaussian.conditional(name, core.mode, z), variance
 
 
+def marginal_moments(core: Core) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance given the root of every block of a linear-Gaussian tree, its coarser blocks integrated out; empty for other components.
+
+    The mean is the mode; covariances from coarse to fine, S_j = H_jj^-1 + G_ji S_i G_ji^T with the gain G_ji = H_jj^-1 H_ji.
+    """
+    gaussian, component = core.expansion.gaussian, core.local.component
+    if isinstance(gaussian, Arrow) or not component.quadratic or any(len(above) > 1 for above in component.couplings.values()):
+        return {}
+    covariance: dict[str, Tensor] = {}
+    for block in component.blocks:
+        own = torch.cholesky_inverse(gaussian.factor[block.name])
+        for above in component.couplings[block.name]:
+            index, gain = gaussian.index[block.name, above], gaussian.gain[block.name, above]
+            parent = covariance[above] if index is None else covariance[above].index_select(1, index)
+            own = own + gain @ parent @ gain.mT
+        covariance[block.name] = own
+    return {b: (core.mode[b], c.diagonal(dim1=-2, dim2=-1)) for b, c in covariance.items()}
+
+
 MOST_CANDIDATES = 32  # per root point: hundreds of root points are averaged over
 
 
@@ -86,9 +105,10 @@ class Moments:
             mine = {n for b in component.blocks for n in b.latents}
             values.update({n: Value(v.theta[::times], v.plates) for n, v in found.sample.values.items() if n in mine})
             first = {b: z[::times] for b, z in found.sample.z.items()}
+            marginal = marginal_moments(core)
             for block in component.blocks:
                 if block.name in closed:
-                    loc, variance = conditional_moments(core, first, block.name)
+                    loc, variance = marginal[block.name] if marginal else conditional_moments(core, first, block.name)
                     for latent in block.latents:
                         self._accumulate(latent, particles, local.split(block, latent, loc), local.split(block, latent, variance))
                 else:

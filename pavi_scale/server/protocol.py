@@ -55,9 +55,10 @@ class RoundCancelled:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A worker under a name never used before (a worker that comes back has a new name)."""
+    """A worker under a name never used before (a worker that comes back has a new name, and the same `process`, where that is known)."""
 
     worker: str
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)

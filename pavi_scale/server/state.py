@@ -41,6 +41,7 @@ __all__ = ["Computation", "Engine", "ServerState", "Spec"]
 
 
 SLOW_START = 5
+CUTS = 10  # broken connections that are borne for each death
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Worker:
     name: str
     rank: int
     seen: float
+    process: str = ""
     asked: int = -1
     ready: bool = False
     lease: Lease | None = None
@@ -76,6 +78,7 @@ class Round:
     queues: list[deque[int]] = field(default_factory=list)
     leases: dict[int, Lease] = field(default_factory=dict)
     results: dict[int, Any] = field(default_factory=dict)
+    deaths: dict[int, list[str]] = field(default_factory=dict)
     losses: dict[int, int] = field(default_factory=dict)
     stories: dict[int, list[str]] = field(default_factory=dict)
 
@@ -111,7 +114,8 @@ class ServerState:
     Args:
         timeout: Seconds of silence after which a worker is dead.
         startup: Seconds that a round waits for the very first worker; five times as long for one that was started but has not joined yet.
-        max_losses: Workers that may die over one task before the round fails.
+        max_losses: Workers that may die over one task before the round fails. One whose connection broke and that joins again did not die; of
+            broken connections ten times as many are borne.
         patience: Seconds that a round waits with no worker left; None for `timeout`.
 
     Example:
@@ -213,7 +217,10 @@ class ServerState:
     def _join(self, event: WorkerJoined) -> list[Instruction]:
         if event.worker in self.workers:
             return [Ignore(event, "joined already")]
-        self.workers[event.worker] = Worker(event.worker, len(self.workers), self._now)
+        self.workers[event.worker] = Worker(event.worker, len(self.workers), self._now, event.process)
+        if self.round is not None and event.process:
+            # It lost its connection, not its life: what it worked on did not kill it.
+            self.round.deaths = {index: [p for p in dead if p != event.process] for index, dead in self.round.deaths.items()}
         self._ever_joined = True
         self._note(f"{event.worker} joined")
         return self._reshare([])
@@ -278,13 +285,14 @@ class ServerState:
         index = worker.lease.index
         del self.round.leases[index]
         self.round.losses[index] = self.round.losses.get(index, 0) + 1
+        self.round.deaths.setdefault(index, []).append(worker.process)
         self.round.tell(index, self._now, f"lost with {worker.name} ({reason})")
-        if self.round.losses[index] < self.max_losses:
+        if len(self.round.deaths[index]) < self.max_losses and self.round.losses[index] < CUTS * self.max_losses:
             return self._reshare([index])
         error = WorkerError(
             "a task was lost with its worker too often",
             where=self.round.story(index),
-            expected=f"fewer than {self.max_losses} losses",
+            expected=f"fewer than {self.max_losses} workers that did not come back, and fewer than {CUTS * self.max_losses} broken connections",
             remedy="look into the workers' logs: a task that exceeds the memory limit kills each worker that takes it",
         )
         return self._fail(error)

@@ -20,12 +20,11 @@ def test_draws_have_the_stored_moments(fitted):
     posterior, _ = fitted
     mean, sd = posterior.datatree["posterior_mean"], posterior.datatree["posterior_sd"]
     group = posterior.datatree["posterior"].dataset
-    for name, part, most in (("label_logits", {"subject": slice(3)}, 1.35), ("rho", {}, 1.35), ("mu_session", {"subject": slice(3)}, 3.0)):
+    for name, part in (("label_logits", {"subject": slice(3)}), ("rho", {}), ("mu_session", {"subject": slice(3)}), ("mu_subject", {})):
         drawn = group[name].isel(part).isel(chain=0, draw=slice(600)).transpose("draw", *mean[name].dims).values
         m, s = (g[name].isel(part).values for g in (mean, sd))
         shift = (drawn.mean(0) - m) / s * np.sqrt(600)
-        # One, if all that differs is the chance of these draws; the stored means of fingerprints are averages over some tens of root points.
-        assert 0.9 < np.sqrt(np.mean(shift**2)) < most
+        assert 0.9 < np.sqrt(np.mean(shift**2)) < 1.35  # one, if all that differs is chance; a little more, for fixed root points in the stored ones
         ratio = drawn.std(0) / s
         assert abs(np.median(ratio) - 1) < 0.02
         assert np.mean(np.abs(ratio - 1) < 0.15) > 0.98

@@ -239,6 +239,39 @@ def test_a_task_that_kills_its_workers_fails_the_round():
     assert str(out[0].error).count("out of memory") == 3
 
 
+def test_a_connection_that_breaks_again_and_again_is_no_death():
+    server = ServerState(max_losses=3)
+    feed(server, RoundStarted("k", 1, 1))
+    for n in range(29):
+        (given,) = feed(server, WorkerJoined(f"w#{n}", "process"), Ready(f"w#{n}", 0))
+        assert feed(server, WorkerLeft(f"w#{n}", "its connection closed")) == []
+    (given,) = feed(server, WorkerJoined("w#29", "process"), Ready("w#29", 0))
+    assert feed(server, TaskDone("w#29", 1, 0, given.token, "x")) == [CompleteRound(1, ("x",))]
+
+
+def test_an_answer_that_breaks_every_connection_fails_the_round():
+    server = ServerState(max_losses=3)
+    feed(server, RoundStarted("k", 1, 1))
+    for n in range(30):
+        feed(server, WorkerJoined(f"w#{n}", "process"), Ready(f"w#{n}", 0))
+        out = feed(server, WorkerLeft(f"w#{n}", "its connection closed"))
+    assert "fewer than 30 broken connections" in str(out[0].error)
+
+
+def test_only_those_who_come_back_are_taken_off_the_dead():
+    server = ServerState(max_losses=3)
+    feed(server, RoundStarted("k", 1, 1))
+    for name in ("a", "b", "c"):
+        feed(server, WorkerJoined(f"{name}#1", name), Ready(f"{name}#1", 0))
+        out = feed(server, WorkerLeft(f"{name}#1", "out of memory"))
+        if name == "b":
+            feed(server, WorkerJoined("b#2", "b"), WorkerLeft("b#2", "goodbye"))
+    assert out == []
+    feed(server, WorkerJoined("d#1", "d"), Ready("d#1", 0))
+    (fail,) = feed(server, WorkerLeft("d#1", "out of memory"))
+    assert "too often" in str(fail.error)
+
+
 def test_failure_with_parked_workers_left_does_not_lose_them():
     server = ServerState(max_losses=1)
     feed(server, *ready("a"), RoundStarted("k", 1, 1), *ready("b"))

@@ -204,7 +204,7 @@ class Hub:
             name = f"{message['label']}#{self._joins}"
             self._met.add(message["label"])
             self._lifelines[name] = comm
-            self._handle(WorkerJoined(name))
+            self._handle(WorkerJoined(name, message["process"]))
             return {"op": "joined", "worker": name}
         if op == "spec":
             return {"op": "spec", "spec": self._spec}

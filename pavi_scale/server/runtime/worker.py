@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Coroutine
@@ -56,7 +57,7 @@ class Link:
         self._thread = threading.Thread(target=self._run, name="pavi-link", daemon=True)
         self._life: Comm | None = None
         self._work: Comm | None = None
-        self._name = ""
+        self._name, self._process = "", secrets.token_hex(8)
         self._seq = 0
         self._finished = False
         self._joined, self._wake, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -139,7 +140,7 @@ class Link:
         timeout = self._contact.timeout
         self._life = life = await connect(self._contact.address, timeout=timeout, deserialize=False, **self._args)
         self._work = await connect(self._contact.address, timeout=timeout, deserialize=False, **self._args)
-        reply = await asyncio.wait_for(ask(life, op="join", key=self._contact.key, label=self._label), timeout)
+        reply = await asyncio.wait_for(ask(life, op="join", key=self._contact.key, label=self._label, process=self._process), timeout)
         if reply["op"] == "joined":
             self._name = reply["worker"]
             self._joined.set()
