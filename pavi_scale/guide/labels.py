@@ -33,6 +33,7 @@ from pavi_scale.reduced import Value
 SLAB = 1 << 20  # values of the data, times particles, looked at together
 SWEEPS = 20
 FIRST_STEPS, STEPS, DRAW_STEPS = 3, 2, 3  # Newton steps of each leaf in the first sweep, in the others, and for a draw
+LEAST = 0.95  # precision of a parent unit, in units of its prior's: a few leaves with two modes would make it less, or nothing
 NEAR, MIXED = 0.5, 3.0  # longest step, in units of the most, that is mixed with the one before; share of that one at most
 SETTLED = 1e-2  # Newton decrement (nats) of a parent unit at which its search ends
 NOTHING = np.zeros((0, 0, 0), np.float32)
@@ -253,7 +254,7 @@ class LabelledCore(Labels):
             here = top[:, at]
             g = prior.d0[:, None] - prior.r0 @ here + leaves * (prior.d[:, None] - prior.r @ here) - prior.q.T @ mean[:, at]
             h = prior.r0 + leaves * prior.r - np.einsum("ie,nij,jf->nef", prior.q, cov[at], prior.q, optimize=True)
-            found = factorise(torch.from_numpy(h))
+            found = factorise(at_least(torch.from_numpy(h), torch.from_numpy(LEAST * prior.r0)))
             step = torch.cholesky_solve(torch.from_numpy(g.T[:, :, None].copy()), found)[..., 0].numpy().T
             factor[at] = found.numpy()
             mixing.move(top, at, step)
@@ -375,6 +376,18 @@ class Mixing:
         move = move * np.minimum(1.0, self.longest[at] / np.maximum(np.abs(move).max(0), 1e-12))
         self.point[:, at], self.step[:, at] = here, step
         top[:, at] = here + move
+
+
+def at_least(precision: Tensor, least: Tensor) -> Tensor:
+    """Matrices `[n, E, E]` with no direction's precision below that of `least` `[E, E]`, a positive definite one; those above it as they are."""
+    low = torch.linalg.cholesky_ex(precision - least).info.nonzero()[:, 0]
+    if not len(low):
+        return precision
+    root = torch.linalg.cholesky(least)
+    inner = torch.linalg.solve_triangular(root, precision[low], upper=False)
+    value, vector = torch.linalg.eigh(torch.linalg.solve_triangular(root.mT, inner, upper=True, left=False))
+    vector = root @ vector
+    return precision.index_copy(0, low, (vector * value.clamp(min=1.0).unsqueeze(-2)) @ vector.mT)
 
 
 def _quadratic(local: LocalModel, factor: Factor, zeros: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:

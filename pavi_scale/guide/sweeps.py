@@ -11,6 +11,9 @@ b is the evidence of each label, o = P loc the prior's pull. With p = softmax(z)
 The mean lies off the mode by C t / 2 with C = H^-1 and t the gradient of tr(C \nabla^2 f) at fixed C, to the order of the third derivatives
 (Tierney & Kadane 1986; Rue, Martino & Chopin 2009).
 
+Fused products are asked for by name, and the compiler may not reorder anything: the bits are the same whether the code was compiled in this process,
+loaded from the cache, or compiled on another machine.
+
 Leaves of one parent unit lie along the first axis, parent units along the last, and every inner loop runs over parent units: the compiler turns
 it into vector instructions, and nothing of a leaf is written to memory but what was asked for.
 """
@@ -22,14 +25,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pavi_scale.guide.exponential import FAST, HALF, ONE, exp
+from pavi_scale.guide.exponential import HALF, ONE, exp, fma
 
 LANES = 64  # parent units at once: the work space of one leaf then fits the first-level cache
 LEAST = np.float32(0.05)  # of a pivot, in units of the prior's: the mixture may be convex far from the mode
 LONGEST = np.float32(4.0)  # of one step of a logit
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _look(
     b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, share: Any, top: Any, total: Any, g: Any, h: Any, level: Any, valued: Any
 ) -> None:
@@ -41,7 +44,7 @@ def _look(
         for k in range(labels):
             q = precision[i, k]
             for u in range(LANES):
-                g[i, u] -= q * z[k, u]
+                g[i, u] = fma(-q, z[k, u], g[i, u])
     for u in range(LANES):
         level[u] = np.float32(0.0)
     for t in range(observations, -1, -1):  # the prior's labels first: they set h
@@ -69,20 +72,20 @@ def _look(
         for i in range(labels):
             for u in range(LANES):
                 share[t, i, u] *= total[u]
-                g[i, u] -= sign * share[t, i, u]
+                g[i, u] = fma(-sign, share[t, i, u], g[i, u])
             for k in range(i + 1):
                 if t == observations:
                     q = precision[i, k]
                     for u in range(LANES):
-                        h[i, k, u] = q - sign * share[t, i, u] * share[t, k, u]
+                        h[i, k, u] = fma(-sign * share[t, i, u], share[t, k, u], q)
                 else:
                     for u in range(LANES):
-                        h[i, k, u] -= sign * share[t, i, u] * share[t, k, u]
+                        h[i, k, u] = fma(-sign * share[t, i, u], share[t, k, u], h[i, k, u])
             for u in range(LANES):
-                h[i, i, u] += sign * share[t, i, u]
+                h[i, i, u] = fma(sign, share[t, i, u], h[i, i, u])
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _factorise(h: Any, precision: Any) -> None:
     """Cholesky factor of h in its place, with the inverse of its diagonal on the diagonal; a pivot is not less than a share of the prior's."""
     labels = len(precision)
@@ -90,7 +93,7 @@ def _factorise(h: Any, precision: Any) -> None:
         for i in range(k, labels):
             for m in range(k):
                 for u in range(LANES):
-                    h[i, k, u] -= h[i, m, u] * h[k, m, u]
+                    h[i, k, u] = fma(-h[i, m, u], h[k, m, u], h[i, k, u])
         least = LEAST * precision[k, k]
         for u in range(LANES):
             h[k, k, u] = ONE / np.sqrt(max(h[k, k, u], least))
@@ -99,25 +102,25 @@ def _factorise(h: Any, precision: Any) -> None:
                 h[i, k, u] *= h[k, k, u]
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _solve(h: Any, x: Any) -> None:
     """x <- H^-1 x, from the factor."""
     labels = len(x)
     for i in range(labels):
         for m in range(i):
             for u in range(LANES):
-                x[i, u] -= h[i, m, u] * x[m, u]
+                x[i, u] = fma(-h[i, m, u], x[m, u], x[i, u])
         for u in range(LANES):
             x[i, u] *= h[i, i, u]
     for i in range(labels - 1, -1, -1):
         for m in range(i + 1, labels):
             for u in range(LANES):
-                x[i, u] -= h[m, i, u] * x[m, u]
+                x[i, u] = fma(-h[m, i, u], x[m, u], x[i, u])
         for u in range(LANES):
             x[i, u] *= h[i, i, u]
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _invert(h: Any, c: Any) -> None:
     """c <- H^-1, both halves; h, the factor, is overwritten by its inverse."""
     labels = len(h)
@@ -127,7 +130,7 @@ def _invert(h: Any, c: Any) -> None:
                 c[0, 0, u] = h[i, k, u] * h[k, k, u]
             for m in range(k + 1, i):
                 for u in range(LANES):
-                    c[0, 0, u] += h[i, m, u] * h[m, k, u]
+                    c[0, 0, u] = fma(h[i, m, u], h[m, k, u], c[0, 0, u])
             for u in range(LANES):
                 h[i, k, u] = -c[0, 0, u] * h[i, i, u]
     for i in range(labels):
@@ -136,12 +139,12 @@ def _invert(h: Any, c: Any) -> None:
                 c[i, k, u] = h[i, i, u] * h[i, k, u]
             for m in range(i + 1, labels):
                 for u in range(LANES):
-                    c[i, k, u] += h[m, i, u] * h[m, k, u]
+                    c[i, k, u] = fma(h[m, i, u], h[m, k, u], c[i, k, u])
             for u in range(LANES):
                 c[k, i, u] = c[i, k, u]
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _times(c: Any, x: Any, out: Any) -> None:
     """out <- C x."""
     labels = len(c)
@@ -150,10 +153,10 @@ def _times(c: Any, x: Any, out: Any) -> None:
             out[i, u] = np.float32(0.0)
         for k in range(labels):
             for u in range(LANES):
-                out[i, u] += c[i, k, u] * x[k, u]
+                out[i, u] = fma(c[i, k, u], x[k, u], out[i, u])
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _third(c: Any, share: Any, sign: Any, work: Any, one: Any, two: Any, t: Any) -> None:
     """Adds sign times the gradient of tr(C (diag r - r r^T)) by z to t: r_j (C_jj - sum_k C_kk r_k - 2 ((C r)_j - r C r))."""
     labels = len(c)
@@ -163,14 +166,14 @@ def _third(c: Any, share: Any, sign: Any, work: Any, one: Any, two: Any, t: Any)
         two[u] = np.float32(0.0)
     for i in range(labels):
         for u in range(LANES):
-            one[u] += c[i, i, u] * share[i, u]
-            two[u] += work[i, u] * share[i, u]
+            one[u] = fma(c[i, i, u], share[i, u], one[u])
+            two[u] = fma(work[i, u], share[i, u], two[u])
     for i in range(labels):
         for u in range(LANES):
             t[i, u] += sign * share[i, u] * (c[i, i, u] - one[u] - np.float32(2.0) * (work[i, u] - two[u]))
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _average(c: Any, share: Any, work: Any, one: Any, two: Any) -> None:
     """share <- its mean over z with covariance C about where it was taken, to second order; `work`, `one`, `two` as `_third` left them.
 
@@ -191,7 +194,7 @@ def _average(c: Any, share: Any, work: Any, one: Any, two: Any) -> None:
             share[i, u] /= one[u]
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, level: Any, one: Any, value: Any) -> None:
     """Adds f(z) - log det L of the leaves to `value`; h the factor, `level` the observations' part of f."""
     labels = len(precision)
@@ -209,7 +212,7 @@ def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, lev
         value[at + u] += level[u] + np.log(one[u])
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _spread(c: Any, gain: Any, v: Any, h: Any) -> None:
     """h <- C + V V^T with V = C gain: the leaf's covariance with what its parent's spread adds."""
     labels = len(c)
@@ -223,18 +226,18 @@ def _spread(c: Any, gain: Any, v: Any, h: Any) -> None:
                 v[i, u] = np.float32(0.0)
             for k in range(labels):
                 for u in range(LANES):
-                    v[i, u] += c[i, k, u] * gain[k, e, u]
+                    v[i, u] = fma(c[i, k, u], gain[k, e, u], v[i, u])
         for i in range(labels):
             for k in range(i + 1):
                 for u in range(LANES):
-                    h[i, k, u] += v[i, u] * v[k, u]
+                    h[i, k, u] = fma(v[i, u], v[k, u], h[i, k, u])
     for i in range(labels):
         for k in range(i):
             for u in range(LANES):
                 h[k, i, u] = h[i, k, u]
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _skew(c: Any, share: Any, averaged: Any, work: Any, one: Any, two: Any, shift: Any) -> None:
     """shift <- the gradient t of tr(C Hessian of f); the observations' label probabilities are averaged over z if asked for."""
     observations, labels = len(share) - 1, len(c)
@@ -247,7 +250,7 @@ def _skew(c: Any, share: Any, averaged: Any, work: Any, one: Any, two: Any, shif
             _average(c, share[t], work, one, two)
 
 
-@njit(fastmath=FAST, nogil=True)  # type: ignore[misc]
+@njit(nogil=True)  # type: ignore[misc]
 def _report(
     s: Any, at: Any, width: Any, here: Any, c: Any, whole: Any, share: Any, work: Any, shift: Any, mean_sum: Any, mean: Any, variance: Any, share_out: Any
 ) -> None:
@@ -267,7 +270,7 @@ def _report(
                     share_out[s, t, i, at + u] = share[t, i, u]
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)  # type: ignore[misc]
+@njit(nogil=True, cache=True)  # type: ignore[misc]
 def sweep(
     b: Any, z: Any, todo: Any, offset: Any, precision: Any, steps: int, gain: Any,
     mean_sum: Any, cov_sum: Any, value: Any, mean: Any, variance: Any, share_out: Any,
@@ -335,7 +338,7 @@ def sweep(
             _report(s, at, width, here, c, h if coarse else c, share, work, shift, mean_sum, mean, variance, share_out)
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)  # type: ignore[misc]
+@njit(nogil=True, cache=True)  # type: ignore[misc]
 def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any) -> None:
     """A draw of every leaf given its parent: mean + L^-T u.
 
@@ -375,7 +378,7 @@ def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any)
                     g[i, u] = noise[s, i, at + u] if u < width else np.float32(0.0)
                 for m in range(i + 1, labels):
                     for u in range(LANES):
-                        g[i, u] -= h[m, i, u] * g[m, u]
+                        g[i, u] = fma(-h[m, i, u], g[m, u], g[i, u])
                 for u in range(LANES):
                     g[i, u] *= h[i, i, u]
             _invert(h, c)

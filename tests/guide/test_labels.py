@@ -1,5 +1,9 @@
 """Labelled components: sweeps against quadrature, autograd and the generic path."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,7 @@ from pavi_scale.cohort import open_cohort
 from pavi_scale.guide import labels
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import LabelledCore, labelled
+from pavi_scale.guide.labels import LabelledCore, at_least, labelled
 from pavi_scale.guide.local import fit_core
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Reduced, Value
@@ -221,3 +225,38 @@ def test_one_block_without_a_parent():
     sd = np.sqrt(np.einsum("mn,mnl->nl", w, np.broadcast_to(z, (len(z), 30, LABELS)) ** 2) - truth**2)
     assert np.abs((mean - truth) / sd).max() < 0.08
     assert np.abs(np.sqrt(variance) / sd - 1).max() < 0.06
+
+
+def test_no_direction_is_less_precise_than_asked_for():
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(5, 5, generator=g, dtype=torch.float64)
+    least = root @ root.T + torch.eye(5, dtype=torch.float64)
+    vector = torch.linalg.cholesky(least) @ torch.linalg.qr(torch.randn(5, 5, generator=g, dtype=torch.float64)).Q
+    values = torch.tensor([[2.0, 1.5, 1.1, 3.0, 9.0], [2.0, -0.5, 0.3, 1.0, 4.0]], dtype=torch.float64)
+    given = (vector * values[:, None]) @ vector.T
+    found = at_least(given, least)
+    assert torch.equal(found[0], given[0])
+    torch.testing.assert_close(found[1], (vector * values[1].clamp(min=1.0)) @ vector.T)
+
+
+KERNEL = """
+import hashlib
+import numpy as np
+from pavi_scale.guide.sweeps import scatter, sweep
+rng = np.random.default_rng(0)
+draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+b, offset, precision, gain = 3 * draw(3, 2, 5, 100), draw(5, 100), np.eye(5, dtype=np.float32) + 0.1, 0.1 * draw(5, 4, 100)
+z, sums, square, value, shares = draw(3, 5, 100), np.zeros((5, 100)), np.zeros((5, 5, 100)), np.zeros(100), np.zeros((3, 2, 5, 100), np.float32)
+mean, variance, thrown = (np.zeros((3, 5, 100), np.float32) for _ in range(3))
+sweep(b, z, np.arange(0, 100, 64), offset, precision, 3, gain, sums, square, value, mean, variance, shares)
+scatter(b, thrown, offset, precision, 3, draw(3, 5, 100))
+print(sum(sweep.stats.cache_hits.values()), hashlib.sha256(b"".join(a.tobytes() for a in (z, sums, square, value, shares, mean, variance, thrown))).hexdigest())
+"""
+
+
+def test_compiled_here_or_loaded_the_bits_are_the_same(tmp_path, root):
+    """Two workers, one of which compiles while the other finds the code in the cache, must agree."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    runs = [subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    assert [int(hits) for hits, _ in runs] == [0, 1]
+    assert runs[0][1] == runs[1][1]
