@@ -86,7 +86,7 @@ class Rows:
         if resumed is None:
             sites, root, step = *self.search(), 1
             settled = False
-            self.save(on_checkpoint, sites, root, step, settled)
+            sites = self.save(on_checkpoint, sites, root, step, settled)
         else:
             sites, root, step = Sites.of(resumed[0]), np.array(resumed[0]["root/loc"]), resumed[1]
             self.starts = {k: np.array(v) for k, v in resumed[0].items() if k.startswith("start/")}
@@ -104,7 +104,7 @@ class Rows:
                 sites, root = self.refresh(sites, root, step)
             step += 1
             settled = step > last + 1 and left.typical < CALM and left.worst < WORST and ROOT_ERROR * left.root < CALM
-            self.save(on_checkpoint, sites, root, step, settled)
+            sites = self.save(on_checkpoint, sites, root, step, settled)
         centre = self.upper.solve(sites, root)
         return self.fitted(sites, centre, settled, self.lost(sites, centre))
 
@@ -221,7 +221,7 @@ class Rows:
             share = math.sqrt(sum((w**2).sum() for w in away.values()) / sum((u**2).sum() for u in towards.values()))
             size_of = max(max(np.abs(w).max(initial=0.0) for w in away.values()), 1e-12)
             towards = {n: w / size_of for n, w in away.items()}
-        return share
+        return round(share, 6)  # what is below depends on the point at which a law was first summed up
 
     def tell(self, stage: str, centre: Centre, sites: Sites, scores: Scores, left: Residual) -> float:
         """Report the bound: the data's at the centre, and the laws' above it less what the sites took for the data."""
@@ -232,9 +232,11 @@ class Rows:
         self.trainer.tell(stage, value)
         return value
 
-    def save(self, on_checkpoint: Checkpoint, sites: Sites, root: np.ndarray, step: int, settled: bool) -> None:
-        """Everything that the next round needs."""
-        on_checkpoint({**sites.arrays(), **self.starts, "root/loc": root, "rows/settled": np.asarray(float(settled))}, step)
+    def save(self, on_checkpoint: Checkpoint, sites: Sites, root: np.ndarray, step: int, settled: bool) -> Sites:
+        """Hand over everything that the next round needs; go on with the sites as they will be read, rounded as those of a resumed run."""
+        kept = sites.arrays()
+        on_checkpoint({**kept, **self.starts, "root/loc": root, "rows/settled": np.asarray(float(settled))}, step)
+        return Sites.of(kept)
 
     def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
         """The guide's state: rows, and the root given them - refitted by importance where it is small, else its best Gaussian."""

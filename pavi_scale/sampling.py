@@ -50,7 +50,7 @@ def inputs(computation: StudyComputation, components: Sequence[Component]) -> li
 
 
 STRATA = 1000
-AT_ONCE = 1 << 21  # values of the data, times draws, of a labelled component's units
+AT_ONCE = 1 << 23  # values of the data, times draws, of a labelled component's units
 
 
 @dataclass
@@ -108,7 +108,9 @@ class GuideSampler:
             values_read = (math.prod((*reduced.sizes(v.plates), *study.graph.shape(v))) for v in model.of_kind("observed"))
             size = max(1, min(size, AT_ONCE // max(1, sum(values_read))))
 
-        def some(start: int) -> dict[str, np.ndarray]:
+        out: dict[str, np.ndarray] = {}
+
+        def some(start: int) -> None:
             part = draws[start : start + size]
             with precision(study.dtype), torch.no_grad():
                 values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
@@ -125,16 +127,21 @@ class GuideSampler:
                         values.update(resample(core, tried, self._uniforms(selection, component, part)))
                     else:
                         values.update(draw(core, noise, corrections).values)
-                return {n: self._pick(values[n], model.variables[n].plates, selection, asked) for n in names}
+                for n in names:
+                    found = self._pick(values[n], model.variables[n].plates, selection, asked)
+                    if start == 0:
+                        out[n] = np.empty((len(draws), *found.shape[1:]), found.dtype)
+                    out[n][start : start + size] = found
 
-        starts = range(0, len(draws), size)
-        if held and len(starts) > 1:  # the loops over leaves let other threads run
-            parts = [some(0)]  # reads the data
+        some(0)  # reads the data
+        rest = range(size, len(draws), size)
+        if held and len(rest) > 1:  # the loops over leaves let other threads run
             with ThreadPoolExecutor(os.cpu_count() or 1, "pavi-draw", torch.set_num_threads, (1,)) as pool:
-                parts += pool.map(some, starts[1:])
+                list(pool.map(some, rest))
         else:
-            parts = [some(start) for start in starts]
-        return {n: np.concatenate([part[n] for part in parts]) for n in names}
+            for start in rest:
+                some(start)
+        return out
 
     def _selection(self, components: Sequence[Component], asked: Mapping[str, np.ndarray], held: Mapping[str, str]) -> Selection:
         """The smallest closed selection that holds what is asked for; of components whose parents' posterior is held, only that itself."""
@@ -176,7 +183,7 @@ class GuideSampler:
 
     def _pick(self, value: Value, plates: tuple[str, ...], selection: Selection, asked: Mapping[str, np.ndarray]) -> np.ndarray:
         order = [0, *(1 + value.plates.index(p) for p in plates), *range(1 + len(plates), value.theta.ndim)]
-        array = value.theta.permute(order).to(torch.float64).numpy()
+        array = value.theta.permute(order).numpy()
         for axis, p in enumerate(plates, start=1):
             at = np.searchsorted(selection.units[p], asked[p])
             if len(at) != array.shape[axis]:

@@ -81,7 +81,7 @@ class Replicates:
         plates = {q for n in names for q in model.variables[n].plates}
         sampler = self.context.sampler if self.seed == self.context.sampler.seed else self.context.sampler.with_seed(self.seed)
         drawn = sampler.draw(names, draws, {q: selection.units[q] for q in plates}) if names else {}
-        return {n: align(torch.as_tensor(drawn[n]), True, model.variables[n].plates, v.plates, selection) for n in names}
+        return {n: align(torch.as_tensor(drawn[n], dtype=torch.float64), True, model.variables[n].plates, v.plates, selection) for n in names}
 
     def _covariate(self, name: str, v: Variable, selection: Selection) -> Aligned:
         own = self.context.model.variables[name]

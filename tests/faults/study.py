@@ -98,7 +98,5 @@ def digest(path: Path) -> str:
         total.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
     for name, value in sorted(tensors.items()):
         total.update(name.encode() + b"\0" + value.tobytes())
-    # `lost` is a difference near zero, in which it shows at which point a law was first summed up.
-    rounded = state | {"lost": round(state["lost"], 5)}
-    total.update(repr(sorted((k, v) for k, v in rounded.items() if "seconds" not in k)).encode())
+    total.update(repr(sorted((k, v) for k, v in state.items() if "seconds" not in k)).encode())
     return total.hexdigest()
