@@ -44,6 +44,7 @@ LEAST_PIECES = 4  # of a round
 POWERS = 4  # rounds that look for lost couplings
 LOOKED = 16  # share of the cohort that they look at, at most
 LOST = 1_000_000
+ROWS = 16  # rows of chunks that are open at the same time
 CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 4
 CENTRED_STARTS = 3  # where the data show centres, the best of them are few
@@ -53,6 +54,25 @@ REFIT_VALUES = 1_000_000_000  # points x coordinates that a refit may take
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
+
+
+def spread_out(count: int, length: int, chunk: int, key: int) -> np.ndarray:
+    """An order of units that selections begin with: runs of at most `length` neighbours, which lie in one row of chunks each.
+
+    At random over `ROWS` rows until these are used up, then over the next: what is read of a row is decoded whole, and a selection of many
+    runs should not touch all rows.
+    """
+    rng = np.random.default_rng(key % 2**63)
+    each = -(-chunk // length)
+    edges = np.linspace(0, chunk, each + 1).astype(np.int64)
+    rows = rng.permutation(-(-count // chunk))
+    found: list[np.ndarray] = []
+    for start in range(0, len(rows), ROWS):
+        some = rows[start : start + ROWS]
+        parts = np.stack([rng.permutation(each) for _ in some])
+        for turn in range(each):  # one run of each row, then a second one
+            found += [np.arange(r * chunk + edges[p], min(r * chunk + edges[p + 1], count)) for r, p in rng.permutation(np.stack([some, parts[:, turn]], 1))]
+    return np.concatenate(found)
 
 
 @dataclass
@@ -77,9 +97,7 @@ class Rows:
         sizes = [] if self.split is None else [min(first, self.count) * GROWTH**i for i in range(40)]
         self.sizes = [s for s in sizes if s <= self.count // GROWTH] + [self.count]
         length = max(1, min(shard_length(study), self.count // CELLS))
-        order = np.random.default_rng(stream(seed, "cells") % 2**63).permutation(-(-self.count // length))
-        self.order = (order[:, None] * length + np.arange(length)).ravel()
-        self.order = self.order[self.order < self.count]
+        self.order = spread_out(self.count, length, max(length, study.cohort.chunk(self.split or "") or 1), stream(seed, "cells"))
 
     def fit(self, on_checkpoint: Checkpoint, resumed: tuple[Mapping[str, np.ndarray], int] | None = None) -> Fitted:
         """Sites and root posterior."""

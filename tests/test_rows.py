@@ -12,7 +12,8 @@ from pavi_scale import miniature, rows, sites, study
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
-from pavi_scale.rows import Rows
+from pavi_scale.rows import ROWS, Rows, spread_out
+from pavi_scale.run import Run
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.sites import residual
 from pavi_scale.training import Trainer
@@ -202,3 +203,28 @@ def test_a_large_cohort_is_searched_in_miniature(tmp_path, monkeypatch):
     order = np.abs(np.corrcoef(truth["mu"].values, mean["mu"].values)[:7, 7:]).argmax(1)
     assert sorted(order) == list(range(7))
     assert np.corrcoef(truth["mu_session"].values.ravel(), mean["mu_session"].values[:, :, order].ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(("count", "length", "chunk"), [(59_412, 232, 1024), (10, 3, 4), (1, 1, 1), (1000, 3, 3), (7, 7, 100)])
+def test_selections_open_few_rows_of_chunks(count, length, chunk):
+    order = spread_out(count, length, chunk, 5)
+    np.testing.assert_array_equal(np.sort(order), np.arange(count))
+    np.testing.assert_array_equal(order, spread_out(count, length, chunk, 5))
+    for share in (4, 16):
+        opened = len(np.unique(order[: count // share] // chunk))
+        assert opened <= max(ROWS, ROWS * -(-(count // share) // (ROWS * chunk)))
+
+
+def test_first_runs_lie_in_different_rows():
+    order = spread_out(59_412, 232, 1024, 5)
+    assert len(np.unique(order[: 15 * 205] // 1024)) >= 14
+
+
+def test_the_log_says_what_was_read(tmp_path):
+    """At least every value once; the share is that of all lanes' time."""
+    model, data = groups()
+    data.to_zarr(tmp_path / "cohort.zarr")
+    ps.fit(model, tmp_path / "cohort.zarr", run=tmp_path / "run", progress=False)
+    (told,) = [e for e in Run.open(tmp_path / "run").events() if e["event"] == "read"]
+    assert told["bytes"] >= data["y"].nbytes
+    assert 0.0 < told["share_of_time"] < 1.0

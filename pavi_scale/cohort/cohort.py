@@ -6,6 +6,8 @@ import hashlib
 import math
 import os
 import shutil
+import threading
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -125,8 +127,10 @@ class Cohort:
         if name not in self._readers:
             raise CohortError("cohort holds no such variable", where=f"variable {name!r}", expected=f"one of {sorted(self._readers)}")
         index = [self._positions(axis, (units or {}).get(axis)) for axis in self._axes[name]]
+        began = time.perf_counter()
         with reading(f"variable {name!r} of cohort {self.source or 'in memory'}"):
             out = self._readers[name].read(index)
+        READ.add(time.perf_counter() - began, out.nbytes)
         v = self.model.variables.get(name)
         if v is not None:  # never a silent NaN, whatever was checked before
             masked = v.kind == "observed" and v.missing == "mask"
@@ -231,6 +235,23 @@ class Cohort:
             chunks = "" if reader.chunks is None else f" in chunks of {'x'.join(map(str, reader.chunks))}"
             lines.append(f"  {name}[{', '.join(axes)}] {reader.dtype}{chunks}")
         return "\n".join(lines)
+
+
+class Tally:
+    """What this process has read of cohorts: seconds of its threads, waiting and decoding, and bytes that were handed out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.nbytes = 0.0, 0
+        self._lock = threading.Lock()
+
+    def add(self, seconds: float, nbytes: int) -> None:
+        """Account for one read."""
+        with self._lock:
+            self.seconds += seconds
+            self.nbytes += nbytes
+
+
+READ = Tally()
 
 
 @dataclass(frozen=True)
