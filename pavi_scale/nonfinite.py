@@ -6,7 +6,7 @@ their conditional prior means, where no search for modes can have gone astray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,9 +71,18 @@ def shards_without(answers: list[dict[str, np.ndarray]]) -> list[int]:
     return [i for i, a in enumerate(answers) if not all(np.isfinite(a[k]).all() for k in ("bound", "gradient") if k in a)]
 
 
-def where_from(study: StudyComputation, task: Mapping[str, Any], point: np.ndarray) -> str:
-    """The culprit in a task's shard at a root point `[R]`, in words: variable and plate indices."""
-    reduced, shard = study.shard(task)
+def where_from(study: StudyComputation, tasks: Sequence[Mapping[str, Any]], point: np.ndarray) -> str:
+    """The culprit in the tasks' shards at a root point `[R]`, in words: variable and plate indices."""
+    for task in tasks:
+        if (found := _culprit(study, task, point)) is not None:
+            return found
+    shards = [study.shard(task)[1] for task in tasks]
+    units = "all units" if shards[0].plate is None else f"{shards[0].plate} {shards[0].start} to {shards[-1].stop - 1}"
+    return f"{units}: finite at the prior means, not at the local modes"
+
+
+def _culprit(study: StudyComputation, task: Mapping[str, Any], point: np.ndarray) -> str | None:
+    reduced, _ = study.shard(task)
     z = torch.tensor(point[None], dtype=torch.float64, requires_grad=True)
     values: dict[str, Value] = dict(study.space.values(z))
     for v in (v for v in study.graph.model.variables.values() if v.kind != "covariate"):
@@ -88,8 +97,7 @@ def where_from(study: StudyComputation, task: Mapping[str, Any], point: np.ndarr
             (slope,) = torch.autograd.grad(density.sum(), z, allow_unused=True, materialize_grads=True, retain_graph=True)
             if not bool(torch.isfinite(slope).all()):
                 return f"variable {v.name!r}, gradient by the root variables"
-    units = "all units" if shard.plate is None else f"{shard.plate} {shard.start} to {shard.stop - 1}"
-    return f"{units}: finite at the prior means, not at the local modes"
+    return None
 
 
 def _places(study: StudyComputation, reduced: Reduced, plates: tuple[str, ...], bad: np.ndarray) -> str:

@@ -12,11 +12,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pavi_scale.batching import shards
+from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
 from pavi_scale.guide.root import StudentT
 from pavi_scale.marginal import refit, whitening
@@ -38,6 +40,7 @@ CALM = 0.1  # sds that an update moves the rows' coordinates at most (root mean 
 WORST = 1.0  # the same of all but one in a thousand: what a step leaves is a few hundredths of it
 ROOT_ERROR = 0.02  # of the root's last step, that its curvature is taken to be off by
 REFRESH = 500_000
+ATTEMPTS = 3  # looks at a selection whose scores are not finite, each from nearer by
 APART = 4  # root coordinates up to which each is probed by itself
 TASKS = 16  # parts of a round, whoever computes them
 LEAST_PIECES = 4  # of a round
@@ -158,7 +161,11 @@ class Rows:
             centre = replace(self.upper.centre(sites, point), loc=rows)
             # A start is a guess to be followed, not a posterior to be averaged over: it is looked at from near by.
             self.starts = {}  # labels are numbered differently
-            found.append((*self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW), self.starts))
+            try:
+                found.append((*self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW), self.starts))
+            except NumericalError:
+                if not found and attempt == len(starts) - 1:  # a start may lie where nothing is finite, but not each of them
+                    raise
         sites, root, _, self.starts = max(found, key=lambda f: f[2])
         sites, root, _ = self.follow(sites, self.upper.solve(sites, root), SEARCH, 1000 * (1 + len(found)))
         return sites, root
@@ -183,12 +190,17 @@ class Rows:
         return sites, centre.root, value
 
     def round(self, size: int, centre: Centre, step: int, spread: float = 1.0) -> Scores:
-        """Scores of a selection of the split plate, or of the whole cohort."""
-        total = self.ask(size, centre, step, spread, {})
+        """Scores of a selection of the split plate, or of the whole cohort; looked at from nearer by where they are not finite."""
         names = [b.name for b in self.upper.blocks]
-        return Scores(
-            float(total["value"]), total["root"], total["root_curvature"], {b: total[f"score/{b}"] for b in names}, {b: total[f"curvature/{b}"] for b in names},
-        )
+        for attempt in range(ATTEMPTS):
+            total = self.ask(size, centre, step, spread * NARROW**attempt, {})
+            value, root, bend = float(total["value"]), total["root"], total["root_curvature"]
+            found = Scores(value, root, bend, {b: total[f"score/{b}"] for b in names}, {b: total[f"curvature/{b}"] for b in names})
+            finite = all(np.isfinite(x).all() for x in (np.asarray(value), root, bend, *found.score.values(), *found.curvature.values()))
+            self.trainer.skips.saw(np.array([finite]), partial(self.trainer.nowhere_finite, centre.root))
+            if finite:
+                return found
+        raise self.trainer.nowhere_finite(centre.root)
 
     def ask(self, size: int, centre: Centre, step: int, spread: float, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One round of scores, summed in the order of its tasks."""

@@ -144,9 +144,11 @@ class Trainer:
         if not np.isfinite(point).all():
             return NumericalError("the bound is not finite", where="root variables", expected="finite values", remedy="report this, with the model")
         tasks = self.tasks(gradient=True, weighted=False)
-        bad = shards_without(self.engine.round("bound", {**self.state, "points": np.ascontiguousarray(point[None])}, tasks))
+        state = {**self.state, "points": np.ascontiguousarray(point[None])}
+        # Of free rows the scores were not finite: any shard may be the one.
+        bad = range(len(tasks)) if self.study.guide.free else shards_without(self.engine.round("bound", state, tasks))[:1]
         with precision(torch.float64):
-            where = where_from(self.study, tasks[bad[0]], point) if bad else "the laws of the root variables"
+            where = where_from(self.study, [tasks[i] for i in bad], point) if bad else "the laws of the root variables"
         return NumericalError(
             "the bound is not finite", where=where, expected="a finite log-density", got=f"{self.skips.total} evaluations that are not",
             remedy="check the law's parameters and support against the data and covariates of these units",

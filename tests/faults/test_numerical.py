@@ -10,10 +10,12 @@ import xarray as xr
 from torch.distributions import Bernoulli, Normal
 
 import pavi_scale as ps
+from pavi_scale import study as preparing
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import NumericalError
 from pavi_scale.nonfinite import GIVE_UP, KEPT_EVERY, ROLL_BACK, Skips
+from pavi_scale.rows import Rows
 from pavi_scale.run import Run
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.study import prepare
@@ -51,6 +53,36 @@ def test_the_error_says_where(law, where, tmp_path):
             ps.fit(*study(law), run=tmp_path / "run", progress=False)
     assert Run.open(tmp_path / "run").generation is None  # nothing of it was recorded
     assert not (tmp_path / "run" / "posterior.zarr").exists()
+
+
+def with_free_rows(monkeypatch):
+    monkeypatch.setattr(preparing, "choose_free", lambda *_, **__: frozenset({frozenset({"g"})}))
+
+
+def test_scores_of_free_rows_say_where(tmp_path, monkeypatch):
+    with_free_rows(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(NumericalError, match=r"not finite; where: variable 'x' at \(g=s4 "):
+            ps.fit(*study(lambda theta, c: Normal(theta * torch.log(c), 1.0)), run=tmp_path / "run", progress=False)
+    assert Run.open(tmp_path / "run").generation is None
+    assert not (tmp_path / "run" / "posterior.zarr").exists()
+
+
+def test_scores_that_are_not_finite_once_are_left_out(tmp_path, monkeypatch):
+    with_free_rows(monkeypatch)
+    real, spoilt = Rows.ask, []
+
+    def ask(self, size, centre, step, spread, more):
+        total = real(self, size, centre, step, spread, more)
+        if not more and len(spoilt) < 2:
+            spoilt.append(step)
+            total["root"] = total["root"] * math.nan
+        return total
+
+    monkeypatch.setattr(Rows, "ask", ask)
+    ps.fit(*study(lambda theta, c: Normal(theta, 1.0)), run=tmp_path / "run", progress=False)
+    assert Run.open(tmp_path / "run").state()["skipped"] == 2
 
 
 def test_a_sound_law_loses_nothing(tmp_path):
