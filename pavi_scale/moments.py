@@ -41,15 +41,23 @@ def marginal_moments(core: Core) -> dict[str, tuple[Tensor, Tensor]]:
     gaussian, component = core.expansion.gaussian, core.local.component
     if isinstance(gaussian, Arrow) or not component.quadratic or any(len(above) > 1 for above in component.couplings.values()):
         return {}
-    covariance: dict[str, Tensor] = {}
-    for block in component.blocks:
-        own = torch.cholesky_inverse(gaussian.factor[block.name])
-        for above in component.couplings[block.name]:
-            index, gain = gaussian.index[block.name, above], gaussian.gain[block.name, above]
-            parent = covariance[above] if index is None else covariance[above].index_select(1, index)
-            own = own + gain @ parent @ gain.mT
-        covariance[block.name] = own
-    return {b: (core.mode[b], c.diagonal(dim1=-2, dim2=-1)) for b, c in covariance.items()}
+    variance: dict[str, list[Tensor]] = {block.name: [] for block in component.blocks}
+    for k in range(len(next(iter(core.mode.values())))):  # one root point at a time: whole covariances take room
+        covariance: dict[str, Tensor] = {}
+        for block in component.blocks:
+            own = torch.cholesky_inverse(_at(gaussian.factor[block.name], k))
+            for above in component.couplings[block.name]:
+                index, gain = gaussian.index[block.name, above], _at(gaussian.gain[block.name, above], k)
+                parent = covariance[above] if index is None else covariance[above].index_select(0, index)
+                own += (gain @ parent) @ gain.mT
+            covariance[block.name] = own
+            variance[block.name].append(own.diagonal(dim1=-2, dim2=-1).clone())
+    return {b: (core.mode[b], torch.stack(v)) for b, v in variance.items()}
+
+
+def _at(x: Tensor, k: int) -> Tensor:
+    """That of root point k, or of all."""
+    return x[min(k, len(x) - 1)]
 
 
 MOST_CANDIDATES = 32  # per root point: hundreds of root points are averaged over
