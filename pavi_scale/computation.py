@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
+LARGE = 256 << 20  # bytes of a cohort that is read ahead: a smaller one is soon in memory
 TIDY_EVERY = 32  # tasks: the pages given back must be zeroed again when they are used
 ATTEMPTS = 16  # searches for the best local mode
 
@@ -122,16 +123,21 @@ class StudyComputation:
             shard = Shard(split, int(units[0]), int(units[-1]) + 1, bool(task["first"]))
             return self.reduced(closure(self.layout, {split: units}, {split: float(task["scale"])}), key=("sample", task["size"], shard.start)), shard
         shard = Shard(*task["shard"])
-        return self.reduced(shard.selection(self.layout), key=("shard", shard.plate, shard.start, shard.stop)), shard
+        return self.reduced(shard.selection(self.layout), key=self._key(tuple(task["shard"]))), shard
 
     def _piece(self, piece: Any, first: bool, state: Arrays) -> tuple[Reduced, bool]:
         self._settle()
         if isinstance(piece, tuple):
             reduced, first = self.shard({"shard": piece})[0], bool(piece[3])
         else:
-            reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=("units", piece.tobytes()))
+            reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=self._key(piece))
         self.search_from(state, reduced)
         return reduced, first
+
+    @staticmethod
+    def _key(piece: Any) -> Key:
+        """Under which a piece of the split plate is kept: a shard, or any units."""
+        return ("shard", *piece[:3]) if isinstance(piece, tuple) else ("units", piece.tobytes())
 
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
@@ -333,8 +339,23 @@ class StudyComputation:
 
     def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
-        pieces = (self._piece(piece, bool(task["first"]) and number == 0, state) for number, piece in enumerate(task["pieces"]))
-        return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
+        asked = task["pieces"]
+
+        def pieces() -> Iterator[tuple[Reduced, bool]]:
+            for number, piece in enumerate(asked):
+                if number + 1 < len(asked):
+                    self._ahead(asked[number + 1])
+                yield self._piece(piece, bool(task["first"]) and number == 0, state)
+
+        return gather(self.guide, self.space, self.settings.split, state, pieces(), flat_positions, bool(task["apart"]), int(task["seed"]))
+
+    def _ahead(self, piece: Any) -> None:
+        """Have what a piece reads fetched from the disk while the one before it is computed, unless it is kept or small."""
+        split = self.settings.split
+        if split is None or self.cohort.nbytes < LARGE or self._holding.get(self._key(piece)) is not None:
+            return
+        units = np.arange(piece[1], piece[2]) if isinstance(piece, tuple) else piece
+        self.cohort.will_need({p: u for p, u in closure(self.layout, {split: units}).units.items() if len(u) < self.layout.cardinality[p]})
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""
@@ -367,6 +388,9 @@ class StudyComputation:
         array; the others come back as `mean/<latent>`, `sd/<latent>`, with the positions of ragged units as `units/<plate>`.
         """
         reduced, shard = self.shard(task)
+        if shard.plate is not None:  # that one is probably another's, who will be there at about the same time
+            after = shard.stop + (shard.stop - shard.start)
+            self._ahead((shard.plate, shard.stop, min(after, self.layout.cardinality[shard.plate])))
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))

@@ -22,7 +22,7 @@ from zarr.errors import ZarrUserWarning
 
 from pavi_scale.cohort import scan, schema
 from pavi_scale.cohort.foreign import is_url
-from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, as_index, reading
+from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, ZarrReader, as_index, reading
 from pavi_scale.cohort.source import Origin, Source, open_source
 from pavi_scale.digests import COHORT
 from pavi_scale.durable import disk_errors, sync_directory
@@ -137,6 +137,17 @@ class Cohort:
             scan.check_block(out, index, self._axes[name], self.describe, f"{v.kind} variable {name!r}", nan_ok=masked, kind=v.kind)
         # torch refuses to share read-only memory without a warning.
         return out if out.flags.writeable else out.copy()
+
+    def will_need(self, units: Mapping[str, np.ndarray]) -> None:
+        """Have the chunks of observed variables and covariates fetched from the disk while something else is computed.
+
+        Args:
+            units: Plate -> positions that will be read, sorted; a plate that is not named is read whole.
+        """
+        for v in self.model.of_kind("observed", "covariate"):
+            reader = self._readers[v.name]
+            if isinstance(reader, ZarrReader) and any(p in units for p in v.plates):
+                reader.will_need([self._positions(axis, units.get(axis)) for axis in self._axes[v.name]])
 
     def part(self, units: Mapping[str, np.ndarray]) -> Cohort:
         """Some units of plates that are not nested, as a cohort in memory.

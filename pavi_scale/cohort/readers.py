@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +42,7 @@ STORE_ERRORS: tuple[type[Exception], ...] = (
 )
 EMPTY_OK = "_empty_chunks_ok"
 _RUN = 64
+MOST_AHEAD = 4096  # chunks that are fetched ahead at once
 _ROW_BYTES = 64 << 20  # of a row of chunks that may be kept
 
 Index = slice | np.ndarray
@@ -256,6 +259,19 @@ class ZarrReader:
         raw = self.array.oindex[tuple(stored)] if fancy else self.array[tuple(stored)]
         return MemoryReader(np.asarray(raw)).read(later).transpose(self.order)
 
+    def will_need(self, index: Sequence[Index]) -> None:
+        """Have the operating system fetch the chunks of a selection into its cache, and return at once; does nothing for stores that are no local folder."""
+        if not isinstance(self.array.store, LocalStore) or not hasattr(os, "posix_fadvise"):
+            return
+        at: list[np.ndarray] = [np.zeros(0)] * len(self.order)
+        for axis, i, n in zip(self.order, index, self.shape, strict=True):
+            chunk, positions = self._grid[axis], np.arange(*i.indices(n)) if isinstance(i, slice) else i
+            at[axis] = np.unique(positions // chunk)
+        if math.prod(len(a) for a in at) > MOST_AHEAD:
+            return
+        keys = [self.array.metadata.encode_chunk_key(tuple(map(int, place))) for place in itertools.product(*at)]
+        threading.Thread(target=_fetch, args=([Path(self.array.store.root, self.array.path, key) for key in keys],), name="pavi-ahead", daemon=True).start()
+
     def absent(self) -> Iterator[Block]:
         """Blocks that the store lacks."""
         if self.array.attrs.get(EMPTY_OK):
@@ -268,6 +284,16 @@ class ZarrReader:
             if prefix + self.array.metadata.encode_chunk_key(at) not in present:
                 block = [slice(k * c, min((k + 1) * c, n)) for k, c, n in zip(at, grid, shape, strict=True)]
                 yield tuple(block[a] for a in self.order)
+
+
+def _fetch(files: Sequence[Path]) -> None:
+    for file in files:
+        with suppress(OSError):  # whoever reads it will say what is wrong
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
 
 async def _keys(array: ZarrArray) -> set[str]:
