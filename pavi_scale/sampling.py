@@ -50,7 +50,8 @@ def inputs(computation: StudyComputation, components: Sequence[Component]) -> li
 
 
 STRATA = 1000
-AT_ONCE = 1 << 23  # values of the data, times draws, of a labelled component's units
+FIRST = 4  # draws of a labelled component before threads share the rest
+AT_ONCE = 1 << 22  # values of the data, times draws, of a labelled component's units
 
 
 @dataclass
@@ -110,7 +111,7 @@ class GuideSampler:
 
         out: dict[str, np.ndarray] = {}
 
-        def some(start: int) -> None:
+        def some(start: int, size: int = size) -> None:
             part = draws[start : start + size]
             with precision(study.dtype), torch.no_grad():
                 values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
@@ -133,8 +134,9 @@ class GuideSampler:
                         out[n] = np.empty((len(draws), *found.shape[1:]), found.dtype)
                     out[n][start : start + size] = found
 
-        some(0)  # reads the data
-        rest = range(size, len(draws), size)
+        first = min(FIRST, size) if held else size
+        some(0, first)  # reads the data
+        rest = range(first, len(draws), size)
         if held and len(rest) > 1:  # the loops over leaves let other threads run
             with ThreadPoolExecutor(os.cpu_count() or 1, "pavi-draw", torch.set_num_threads, (1,)) as pool:
                 list(pool.map(some, rest))
