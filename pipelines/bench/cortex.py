@@ -192,6 +192,7 @@ def row(who: str, cohort: Cohort, run: Run, rate: float | None = None) -> dict[s
         "s/step": run.points[-1]["seconds"] / run.points[-1]["step"] if run.points else "",
         "s to settle": seconds if who == "ours" else "not settled" if held is None else held,
         "s": seconds, "bound/latent": "" if bound is None else bound / cohort.latents,
+        "+-": run.last["bound_error"] / cohort.latents if "bound_error" in run.last else "",
         **{column: quality.get(key, "") for column, key in COLUMNS.items()}, "peak GiB": run.peak_gib, "outcome": run.outcome,
     }  # fmt: skip
 
@@ -245,6 +246,7 @@ def cortex(job: Job) -> Found:
         f"s to settle: until the bound, averaged over {OVER} steps, changed by less than {CHANGE:g} of itself; ours: the whole call of fit, store to posterior",
         "s: training without reading, starting values, compilation and judging, at most the limit; ours: the whole call of fit",
         f"a contestant whose processes hold more than {job.memory or MEMORY:g} GiB is stopped; peak: before the posterior is judged",
+        "bound/latent: rivals, mean of their last steps; ours, Posterior.elbo with its standard error, whose draws have heavy tails here: not to be compared",
         *(f"{NAMES.get(what, what)}: left out, {why}" for what, why in left_out.items()),
     ]
     found.details = {"left_out": left_out, "curves": str(curves)}

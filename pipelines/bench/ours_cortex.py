@@ -27,7 +27,8 @@ def main() -> None:
     seconds, peak = watch.seconds, peak_bytes()
     truth = quality.in_order(posterior, xr.open_zarr(args.cohort, group="truth", consolidated=False))
     found = quality.against_truth(posterior, truth)
-    tell(f"ended, status {posterior.status}", peak, found, seconds=seconds, bound=posterior.elbo(PARTICLES)[0])
+    bound, error = posterior.elbo(PARTICLES)
+    tell(f"ended, status {posterior.status}", peak, found, seconds=seconds, bound=bound, bound_error=error)
 
 
 if __name__ == "__main__":

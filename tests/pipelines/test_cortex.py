@@ -270,6 +270,7 @@ def test_ours_is_judged_by_the_same(store, tmp_path):
     assert found["right labels"] > 0.5
     assert isinstance(found["50 % hold"], float)
     assert found["s to settle"] == found["s"] > 0
+    assert found["+-"] > 0
     assert not (tmp_path / "cortex-run").exists()
     assert json.loads((tmp_path / "cortex-rows.jsonl").read_text())["software"] == "ours"
 
