@@ -30,10 +30,11 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "queries": ("pipelines.bench.gaussian:queries", ("store", "memory"), "Lazy queries on that run"),
     "rivals": ("pipelines.bench.rivals:rivals", (), "Seconds to 0.002 nats per latent: Gaussian random effects, N=50, D=8, scales (1, .5, 1)"),
     "flat": ("pipelines.bench.flat:flat", (), "Cost against cardinality: Gaussian random effects out of a store, N=50, D=8, scales (1, .5, 1)"),
+    "cortex": ("pipelines.bench.cortex:cortex", (), "The cortical study in other packages: full batch, mean-field normals, begun at the centres of k-means"),
     "scale": ("pipelines.bench.scale:scale", (), "The server at scale: measured costs, simulated cluster"),
 }
 
-LONG = {"coverage"}  # hundreds of fits: measured only when named
+LONG = {"coverage", "cortex"}  # hundreds of fits, or hours of rivals: measured only when named
 
 
 def wanted(only: list[str] | None) -> list[str]:
@@ -58,9 +59,12 @@ def measure_apart(name: str, job: Job) -> dict[str, Any]:
     out = job.work / f"{name}.result.json"
     command = [sys.executable, "-W", "ignore", "-m", "pipelines.bench", "--step", name, "--work", str(job.work), "--shared", str(job.shared), "--out", str(out)]
     command += ["--results", str(job.results)]
-    command += ["--limit", str(job.limit)] if job.limit else []
-    command += ["--groups", *map(str, job.groups)] if job.groups else []
-    command += [] if job.runs is None else ["--runs", str(job.runs)]
+    for option in ("limit", "runs", "steps", "memory"):
+        value = getattr(job, option)
+        command += [] if value is None else [f"--{option}", str(value)]
+    for option in ("groups", "cohorts", "who", "rates"):
+        values = getattr(job, option)
+        command += [f"--{option}", *map(str, values)] if values else []
     before, watch = machine(), Watch()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     record: dict[str, Any] = {"wall_seconds": watch.seconds, "before": before, "after": machine()}
@@ -103,18 +107,32 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.json"), metavar="FILE.json", help="where the figures go (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder for stores and runs, kept; a temporary one unless given")
     parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals, flat and coverage, instead of their own")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals, or a fit of flat, after so long")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals or cortex, or a fit of flat, after so long")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, metavar="N", help="simulations of each model of `coverage`, cohorts of `mixture`")
+    of = parser.add_argument_group("cortex")
+    of.add_argument("--cohorts", nargs="+", default=[], metavar="COHORT", help="stores that are there, or shares of the study to simulate (1%% 10%% 100%%)")
+    of.add_argument("--who", nargs="+", default=[], choices=["ours", "numpyro", "pyro", "pymc"], metavar="NAME", help="ours, numpyro, pyro, pymc (all)")
+    of.add_argument("--steps", type=int, metavar="N", help="steps of each rival; their rate decays to zero over them")
+    of.add_argument("--rates", type=float, nargs="+", default=[], metavar="R", help="learning rates of each rival, each a row")
+    of.add_argument("--memory", type=float, metavar="GIB", help="stop a contestant whose processes hold more")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     return parser
+
+
+def job_of(args: argparse.Namespace, work: Path, results: Path) -> Job:
+    """What the command line says to a measurement."""
+    return Job(
+        work, args.shared.absolute(), results, tuple(args.groups), args.limit, args.runs, tuple(args.cohorts), tuple(args.who), args.steps,
+        tuple(args.rates), args.memory,
+    )  # fmt: skip
 
 
 def main() -> None:
     """Measure what was asked for; exit code 1 if a measurement failed."""
     args = options().parse_args()
     if args.step:
-        measure_here(args.step, Job(args.work, args.shared, args.results, tuple(args.groups), args.limit, args.runs), args.out)
+        measure_here(args.step, job_of(args, args.work, args.results), args.out)
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     names = wanted(args.only)
@@ -125,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pavi-bench-") as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        job = Job(work.absolute(), args.shared.absolute(), args.out.parent.absolute(), tuple(args.groups), args.limit, args.runs)
+        job = job_of(args, work.absolute(), args.out.parent.absolute())
         for name in names:
             missing = [need for need in STEPS[name][1] if "error" in records[need]]
             if missing:

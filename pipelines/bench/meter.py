@@ -24,6 +24,11 @@ class Job:
         groups: Cohort sizes where those are a choice; empty for a measurement's own.
         limit: Seconds after which a contestant or a fit is stopped; None lets it run.
         runs: Simulations of each model, where a measurement simulates; None for its own number.
+        cohorts: Stores of the cortical study, or shares of its subjects (`10%`) that are simulated; empty for the measurement's own.
+        who: Contestants of the cortical study; empty for all.
+        steps: Of its rivals; None for their own number.
+        rates: Learning rates of its rivals; empty for their own.
+        memory: GiB above which a contestant of the cortical study is stopped; None for its own limit.
     """
 
     work: Path
@@ -32,6 +37,11 @@ class Job:
     groups: tuple[int, ...] = ()
     limit: float | None = None
     runs: int | None = None
+    cohorts: tuple[str, ...] = ()
+    who: tuple[str, ...] = ()
+    steps: int | None = None
+    rates: tuple[float, ...] = ()
+    memory: float | None = None
 
 
 @dataclass
