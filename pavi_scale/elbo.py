@@ -13,6 +13,7 @@ from torch import Tensor
 from pavi_scale.guide.correction import Corrections
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.labels import LabelledCore, labelled
 from pavi_scale.guide.local import Correction, Sample, draw, fit_core, log_density
 from pavi_scale.guide.mode import Noise
 from pavi_scale.guide.root import RootSpace
@@ -89,7 +90,7 @@ def local_elbo(
     guide: Guide, reduced: Reduced, root: Mapping[str, Value], weights: Weights, noise: Noise, *, particles: int, differentiable: bool,
     split: str | None = None, first: bool = True,
 ) -> Tensor:
-    """sum over local terms of w (log p - log q) at one draw per root value, `[K]`.
+    """sum over local terms of w (log p - log q) at one draw per root value, `[K]`; of labelled components their Laplace log marginal.
 
     Args:
         guide: The guide.
@@ -105,9 +106,18 @@ def local_elbo(
     values: dict[str, Value] = dict(root)
     total = torch.zeros(particles, dtype=reduced.dtype)
     frozen = {b: (loc.detach(), log_precision.detach()) for b, (loc, log_precision) in weights.sites.items()}
+    settled: set[str] = set()
     for component in guide.components:
         rows = differentiable and any(b.free for b in component.blocks)
         local = LocalModel(component, reduced, values, weights.sites, particles)
+        data = None if differentiable or reduced.dtype != torch.float32 else labelled(component, guide.graph)
+        if data is not None:
+            # Its laws are integrated out: at a draw from normals that leaves with two modes make wide, log p - log q has no useful mean.
+            top = component.blocks[0].plates
+            if guide.counted(reduced, component.blocks[-1].plates, split, first):
+                total = total + LabelledCore(local, data).log_marginal(reduced.weights(top).flatten()).to(total.dtype)
+            settled |= {f.variable for f in component.factors}
+            continue
         sample = draw(fit_core(local, differentiable=rows), noise, correctors(weights, reduced))
         log_q = sample.log_q
         if rows:  # stick the landing: the density keeps its dependence on the draw and on the root, not on the rows
@@ -118,7 +128,7 @@ def local_elbo(
             for block in component.blocks:
                 total = total - (log_q[block.name] * reduced.weights(block.plates).flatten()).sum(1)
     for v in guide.graph.model.of_kind("latent", "observed"):
-        if (v.plates or v.kind == "observed") and guide.counted(reduced, v.plates, split, first):
+        if v.name not in settled and (v.plates or v.kind == "observed") and guide.counted(reduced, v.plates, split, first):
             term = reduced.log_prob(v.name, values) * reduced.weights(v.plates)
             total = total + term.reshape(term.shape[0], -1).sum(1)
     return total

@@ -30,6 +30,14 @@ def test_draws_have_the_stored_moments(fitted):
         assert np.mean(np.abs(ratio - 1) < 0.15) > 0.98
 
 
+def test_the_bound_is_about_that_of_training(fitted):
+    """Labels integrated out by the same expansion, the root drawn from its Gaussian instead of looked at at its sites' centre."""
+    posterior, _ = fitted
+    nats, error = posterior.elbo(16)
+    assert error < 1.0
+    assert nats == pytest.approx(posterior.datatree["fit"]["elbo"].values[-1], abs=10.0)
+
+
 def test_draws_do_not_depend_on_the_slice(fitted):
     group = fitted[0].datatree["posterior"].dataset["label_logits"]
     one = group.isel(chain=0, draw=slice(10, 20), subject=5, vertex=slice(100, 110)).values
