@@ -246,7 +246,7 @@ def cortex(job: Job) -> Found:
         f"s to settle: until the bound, averaged over {OVER} steps, changed by less than {CHANGE:g} of itself; ours: the whole call of fit, store to posterior",
         "s: training without reading, starting values, compilation and judging, at most the limit; ours: the whole call of fit",
         f"a contestant whose processes hold more than {job.memory or MEMORY:g} GiB is stopped; peak: before the posterior is judged",
-        "bound/latent: rivals, mean of their last steps; ours, Posterior.elbo with its standard error, its labels integrated out by Laplace's method, which is no bound",
+        "bound/latent: rivals, mean of their last steps; ours, Posterior.elbo with its standard error, labels integrated out by Laplace's method",
         *(f"{NAMES.get(what, what)}: left out, {why}" for what, why in left_out.items()),
     ]
     found.details = {"left_out": left_out, "curves": str(curves)}
