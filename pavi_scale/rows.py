@@ -53,7 +53,7 @@ PRIOR_STARTS = 4
 CENTRED_STARTS = 3  # where the data show centres, the best of them are few
 PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
 REFIT_POINTS = 4096
-REFIT_VALUES = 1_000_000_000  # points x coordinates that a refit may take
+REFIT_VALUES = 100_000_000  # points x coordinates that a refit may take: the driver computes them alone
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
