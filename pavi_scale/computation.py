@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.ahead import Ahead, key_of
 from pavi_scale.batching import Shard, closure, flat_positions, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
 from pavi_scale.elbo import Weights, correctors, local_elbo
@@ -43,7 +44,6 @@ from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
-LARGE = 256 << 20  # bytes of a cohort that is read ahead: a smaller one is soon in memory
 TIDY_EVERY = 32  # tasks: the pages given back must be zeroed again when they are used
 ATTEMPTS = 16  # searches for the best local mode
 
@@ -83,6 +83,7 @@ class StudyComputation:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
         self._holding = Holding(settings.cache_bytes)
+        self._ahead = Ahead(cohort, settings.split, self._holding)
         self._used = threading.local()
         self._answered = 0
         self._spent = spent(self.guide.components, graph.model)
@@ -123,21 +124,16 @@ class StudyComputation:
             shard = Shard(split, int(units[0]), int(units[-1]) + 1, bool(task["first"]))
             return self.reduced(closure(self.layout, {split: units}, {split: float(task["scale"])}), key=("sample", task["size"], shard.start)), shard
         shard = Shard(*task["shard"])
-        return self.reduced(shard.selection(self.layout), key=self._key(tuple(task["shard"]))), shard
+        return self.reduced(shard.selection(self.layout), key=key_of(tuple(task["shard"]))), shard
 
     def _piece(self, piece: Any, first: bool, state: Arrays) -> tuple[Reduced, bool]:
         self._settle()
         if isinstance(piece, tuple):
             reduced, first = self.shard({"shard": piece})[0], bool(piece[3])
         else:
-            reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=self._key(piece))
+            reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=key_of(piece))
         self.search_from(state, reduced)
         return reduced, first
-
-    @staticmethod
-    def _key(piece: Any) -> Key:
-        """Under which a piece of the split plate is kept: a shard, or any units."""
-        return ("shard", *piece[:3]) if isinstance(piece, tuple) else ("units", piece.tobytes())
 
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
@@ -339,23 +335,8 @@ class StudyComputation:
 
     def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
-        asked = task["pieces"]
-
-        def pieces() -> Iterator[tuple[Reduced, bool]]:
-            for number, piece in enumerate(asked):
-                if number + 1 < len(asked):
-                    self._ahead(asked[number + 1])
-                yield self._piece(piece, bool(task["first"]) and number == 0, state)
-
-        return gather(self.guide, self.space, self.settings.split, state, pieces(), flat_positions, bool(task["apart"]), int(task["seed"]))
-
-    def _ahead(self, piece: Any) -> None:
-        """Have what a piece reads fetched from the disk while the one before it is computed, unless it is kept or small."""
-        split = self.settings.split
-        if split is None or self.cohort.nbytes < LARGE or self._holding.get(self._key(piece)) is not None:
-            return
-        units = np.arange(piece[1], piece[2]) if isinstance(piece, tuple) else piece
-        self.cohort.will_need({p: u for p, u in closure(self.layout, {split: units}).units.items() if len(u) < self.layout.cardinality[p]})
+        pieces = (self._piece(piece, bool(task["first"]) and number == 0, state) for number, piece in enumerate(self._ahead.each(task["pieces"])))
+        return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""
@@ -388,9 +369,7 @@ class StudyComputation:
         array; the others come back as `mean/<latent>`, `sd/<latent>`, with the positions of ragged units as `units/<plate>`.
         """
         reduced, shard = self.shard(task)
-        if shard.plate is not None:  # that one is probably another's, who will be there at about the same time
-            after = shard.stop + (shard.stop - shard.start)
-            self._ahead((shard.plate, shard.stop, min(after, self.layout.cardinality[shard.plate])))
+        self._ahead.after(shard)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
@@ -408,10 +387,7 @@ class StudyComputation:
             plates = self.graph.model.variables[name].plates
             if not self.guide.counted(reduced, plates, shard.plate, shard.first):
                 continue
-            if not np.isfinite(mean).all() or not np.isfinite(sd).all():
-                bad = np.argwhere(~(np.isfinite(mean) & np.isfinite(sd)))[0]
-                where = {p: int(reduced.selection.units[p][i]) for p, i in zip(plates, bad, strict=False)}
-                raise NumericalError("posterior moment is not finite", where=f"latent {name!r}, unit {where}")
+            moments.check(name, mean, sd)
             if shard.plate in plates and task.get("run"):
                 PosteriorWriter.open(task["run"]).write(name, {shard.plate: slice(shard.start, shard.stop)}, mean, sd)
                 continue

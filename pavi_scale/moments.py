@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pavi_scale.batching import Shard
 from pavi_scale.elbo import Weights, correctors
+from pavi_scale.errors import NumericalError
 from pavi_scale.guide.arrow import Arrow
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
@@ -157,6 +158,14 @@ class Moments:
             shaped = [t.reshape(*sizes, *self.guide.graph.shape(v)).permute(order).numpy() for t in (shift + mean, variance.sqrt())]
             out[latent] = (shaped[0], shaped[1])
         return out
+
+    def check(self, latent: str, mean: np.ndarray, sd: np.ndarray) -> None:
+        """Refuse a moment that is not finite, and name its unit."""
+        if not np.isfinite(mean).all() or not np.isfinite(sd).all():
+            bad = np.argwhere(~(np.isfinite(mean) & np.isfinite(sd)))[0]
+            plates = self.guide.graph.model.variables[latent].plates
+            where = {p: int(self.reduced.selection.units[p][i]) for p, i in zip(plates, bad, strict=False)}
+            raise NumericalError("posterior moment is not finite", where=f"latent {latent!r}, unit {where}")
 
 
 def points_of(guide: Guide, reduced: Reduced, shard: Shard, asked: Mapping[str, int], most: int) -> dict[str, int]:
