@@ -14,7 +14,7 @@ from pavi_scale.computation import StudyComputation
 from pavi_scale.rng import stream
 from pavi_scale.settings import make_graph
 
-LARGE = 50_000  # coordinates of free rows above which a cohort is searched in miniature
+LARGE = 20_000  # coordinates of free rows above which a cohort is searched in miniature
 SMALL = 20_000  # the same there
 FIRST = 16_000  # ground units of the smallest selection
 EACH = 16  # observed values in it for each coordinate of a free row, at least

@@ -27,12 +27,13 @@ from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
 from pavi_scale.server.local import LocalEngine
-from pavi_scale.sites import REFITTED, Centre, Residual, Sites, Upper, refreshed, residual, updated
+from pavi_scale.sites import EVALUATIONS, REFITTED, Centre, Residual, Sites, Upper, refreshed, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
 
 GROWTH = 4
 LOOK = 3  # rounds over the smallest selection from each start
+HASTY = 20  # evaluations of the root's marginal in each of these
 SEARCH = 12  # and then at most from the best one
 NEAR = 0.5  # sds of the last step at which a larger selection is taken
 PASSES = 8  # over the whole cohort at most
@@ -184,7 +185,7 @@ class Rows:
             left = residual(sites, centre, scores)
             value = float(np.nan_to_num(self.tell("start", centre, sites, scores, left), nan=-math.inf))
             sites = updated(sites, centre, scores, self.upper.scale)
-            centre = self.upper.solve(sites, centre.root)
+            centre = self.upper.solve(sites, centre.root, HASTY if rounds == LOOK else EVALUATIONS)
             if max(left.typical, left.root) < NEAR:
                 break
         return sites, centre.root, value

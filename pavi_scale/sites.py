@@ -42,7 +42,9 @@ LEAST_UNITS = 8
 DIRECTIONS = 4  # random ones, from which the search of the root's mode takes its scales
 REFITTED = 40  # root coordinates up to which their whole curvature is looked at, and the root is refitted by importance
 GRADIENT = 2e-2  # posterior sds off its mode at which a search of the root ends
+EVALUATIONS = 60  # of the root's marginal in one search at most
 AVERAGED = 3  # Newton steps from the root's mode to its mean
+NEAR = 0.01  # sds of the last of them at which they end
 LEAST = 1e-6  # least precision of a site, in units of the prior's and the other sites' together
 
 
@@ -122,7 +124,7 @@ class Upper:
         owner = np.repeat(np.arange(len(self.space.names)), self.space.sizes)
         self.rest = np.flatnonzero(~np.isin(owner, [self.space.names.index(n) for n in self.joined]))
         # Units of a part count for others: a joined root would have to be told.
-        self.part, self.coarse = (self.reduced, part) if self.joined else (part, coarse)
+        self.part, self.coarse = self.reduced if self.joined else part, coarse
 
     def _part(self, names: list[str], values: int) -> Reduced:
         """Some units, weighted to stand for all: enough for a curvature, of which a few thousandths do not matter."""
@@ -225,8 +227,8 @@ class Upper:
         own = stands_for * ((change * signs).mean(0) / (2e-3 * scale) - known.diagonal()) + known.diagonal()
         return np.diag(1 / np.sqrt(np.maximum(np.abs(own), 0.25 / scale**2)))
 
-    def solve(self, sites: Sites, start: np.ndarray) -> Centre:
-        """Mode of the root's marginal from a start, and the free blocks there."""
+    def solve(self, sites: Sites, start: np.ndarray, evaluations: int = EVALUATIONS) -> Centre:
+        """Mode of the root's marginal from a start, and the free blocks there; where so many evaluations lead, if that is nearer."""
         if not len(self.rest):
             return self.centre(sites, start)
         # The sites' precision grows by orders of magnitude over the rounds: the search is whitened.
@@ -243,7 +245,7 @@ class Upper:
                 return 1e300, np.zeros_like(y)
             return -float(value[0]), -grad[0, self.rest] @ metric
 
-        options = {"maxfun": 60, "maxiter": 60, "ftol": 1e-13, "gtol": GRADIENT}
+        options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": 1e-13, "gtol": GRADIENT}
         found = minimize(objective, np.zeros(len(self.rest)), jac=True, method="L-BFGS-B", options=options)
         return self.centre(sites, at(found.x))
 
@@ -266,8 +268,11 @@ class Upper:
             move[:, self.rest] = normals @ np.linalg.cholesky(covariance).T
             _, grad = self.bound(sites, np.concatenate([root + move, root - move]))
             step = covariance @ grad[:, self.rest].mean(0)
+            length = float(np.abs(step / np.sqrt(np.diagonal(covariance))).max())
             root = root.copy()
-            root[self.rest] += step * min(1.0, 1.0 / max(float(np.abs(step / np.sqrt(np.diagonal(covariance))).max()), 1e-12))
+            root[self.rest] += step * min(1.0, 1.0 / max(length, 1e-12))
+            if length < NEAR:
+                break
         return root, self.covariance(sites, root)
 
     def complete(self, sites: Sites, points: np.ndarray, each: bool) -> tuple[np.ndarray, np.ndarray]:
