@@ -100,8 +100,9 @@ class Rows:
         first = first_selection(study)
         sizes = [] if self.split is None else [min(first, self.count) * GROWTH**i for i in range(40)]
         self.sizes = [s for s in sizes if s <= self.count // GROWTH] + [self.count]
-        length = max(1, min(shard_length(study), self.count // CELLS))
-        self.order = spread_out(self.count, length, max(length, study.cohort.chunk(self.split or "") or 1), stream(seed, "cells"))
+        length, chunk = max(1, min(shard_length(study), self.count // CELLS)), study.cohort.chunk(self.split or "") or 1
+        length -= length % chunk if length > chunk else 0  # whole rows of chunks
+        self.order = spread_out(self.count, length, max(length, chunk), stream(seed, "cells"))
 
     def fit(self, on_checkpoint: Checkpoint, resumed: tuple[Mapping[str, np.ndarray], int] | None = None) -> Fitted:
         """Sites and root posterior."""

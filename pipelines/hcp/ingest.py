@@ -19,12 +19,12 @@ import zarr
 
 from pavi_scale.errors import CohortError, RunError
 from pipelines.hcp.bids import Found, find
-from pipelines.hcp.storing import PARTIAL, Block, Files, check_free, create_array, expect, file_bytes, settle, storing
+from pipelines.hcp.storing import BLOCK, PARTIAL, Block, Files, check_free, create_array, expect, file_bytes, settle, storing
 from pipelines.hcp.surfaces import Form, check_same, form_of, values_of
 
 ABOUT = "pavi_ingestion"
 SCALINGS = ("maps", "vertices")
-_BLOCK_BYTES = 64 << 20  # of the subjects that are written together
+_BLOCK_BYTES = 320 << 20  # of the subjects that are written together
 _CHUNK_BYTES = 4 << 20
 
 Tell = Callable[[str, int, int], object]
@@ -141,8 +141,8 @@ def _scaled(values: np.ndarray, zscore: str | None) -> np.ndarray:
 def _grid(sizes: dict[str, int]) -> Block:
     """Blocks of subjects and vertices whose chunks are about as large as those of the simulated study."""
     row = 4 * sizes["session"] * sizes["feature"]
-    subjects = max(1, min(4, sizes["subject"], _BLOCK_BYTES // (row * sizes["vertex"])))
-    return Block(subjects, max(1, min(1024, sizes["vertex"], _CHUNK_BYTES // (row * subjects))))
+    subjects = max(1, min(BLOCK.subjects, sizes["subject"], _BLOCK_BYTES // (row * sizes["vertex"])))
+    return Block(subjects, max(1, min(BLOCK.vertices, sizes["vertex"], _CHUNK_BYTES // (row * subjects))))
 
 
 def _write(found: Found, form: Form, keep: np.ndarray, zscore: str | None, sizes: dict[str, int], store: Path, tell: Tell | None) -> None:

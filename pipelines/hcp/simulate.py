@@ -15,13 +15,12 @@ import zarr
 from scipy.special import ndtri
 
 from pavi_scale.errors import RunError
-from pipelines.hcp.storing import PARTIAL, Block, check_free, create_array, expect, file_bytes, settle, storing
+from pipelines.hcp.storing import BLOCK, PARTIAL, check_free, create_array, expect, file_bytes, settle, storing
 from pipelines.hcp.study import LOGIT_SCALE, NETWORKS
 
 VERTICES = 59_412  # cortical vertices of the 32k mesh, both hemispheres
 SUBJECTS = 1000  # of the study at full size
 BETWEEN_SUBJECTS, BETWEEN_SESSIONS, NOISE, TAU = 0.15, 0.1, 1.0, 1.0
-BLOCK = Block(4, 1024)
 THREADS = 2
 ABOUT = "pavi_simulation"
 
@@ -128,7 +127,7 @@ def make_cohort(
 ) -> None:
     """Write a synthetic cohort: `x` in the store's root group, the latents it was made from in its group `truth`.
 
-    x is (subject, session, vertex, feature), float32, in checksummed chunks of 4 subjects and 1,024 vertices (1 MiB); as many subjects per thread are in
+    x is (subject, session, vertex, feature), float32, in checksummed chunks of 20 subjects and 128 vertices (640 KiB); as many subjects per thread are in
     memory at a time. The store is built aside (`STORE.partial`) and takes its name when it is whole; called again with the same arguments after an
     interruption, this goes on where it stopped. The numbers do not depend on `threads`, nor on interruptions.
 

@@ -57,7 +57,7 @@ class Block:
     """Lengths of chunks along the large plates; a row of chunks is written at once.
 
     Of chunks of one subject, a pass over shards of vertices spends half of its time on the files themselves; of many subjects, the map of a single
-    one costs the reading of all.
+    one costs the reading of all. Of chunks of many vertices, a fit's small selections of vertices cost the reading of large ones.
     """
 
     subjects: int
@@ -75,6 +75,9 @@ class Block:
     def parts(self, subjects: int) -> list[range]:
         """Subjects of each row of chunks."""
         return [range(start, min(start + self.subjects, subjects)) for start in range(0, subjects, self.subjects)]
+
+
+BLOCK = Block(20, 128)
 
 
 def file_bytes(files: Files, rows: int, of: int) -> int:
