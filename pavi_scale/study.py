@@ -105,12 +105,14 @@ def prepare(
     most = room_for(budget, cohort.layout) / unit_bytes(graph, make_components(graph, make_blocks(graph)), 8)
     free = choose_free(graph, cardinality, most=most)
     for block in make_blocks(graph, free):
-        if block.free and schemes[block.name] in ("encoder", "hybrid"):
+        # Of a hybrid scheme for all, what is left where data cannot be encoded are rows.
+        if block.free and (schemes[block.name] == "encoder" or (schemes[block.name] == "hybrid" and encoding != "hybrid")):
             raise InputError(
                 "this block cannot have the scheme: its pool of data is not local",
                 where=f"encoding of {block.name!r}",
                 expected="'auto' or 'free'",
                 got=schemes[block.name],
+                remedy="name plate sets one by one: encoding={...}; or choose 'hybrid' for all",
             )
     structure = look(graph, cohort, free, seed)
     costly = [c for c in make_components(graph, make_blocks(graph, free)) if not c.tree and not structure[c.name]["quadratic"]]

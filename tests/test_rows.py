@@ -12,6 +12,7 @@ from pavi_scale import miniature, rows, sites, study
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
+from pavi_scale.errors import InputError, RunError
 from pavi_scale.rows import ROWS, Rows, spread_out
 from pavi_scale.run import Run
 from pavi_scale.server.local import LocalEngine
@@ -57,6 +58,20 @@ def ratings(students=40, lecturers=8, count=400, seed=1):
 def trainer(model, data, seed=0):
     made = study.prepare(open_cohort(data, model), seed=seed)
     return Trainer(StudyComputation(made.graph, made.cohort, made.settings), LocalEngine(made.spec), seed, math.inf, lambda *_: None)
+
+
+def test_schemes_that_rows_leave_room_for(monkeypatch):
+    model, data = ratings()
+    free(monkeypatch, "lecturer")
+    cohort = open_cohort(data, model)
+    made = study.prepare(cohort, encoding="hybrid").settings
+    assert made.free == (("lecturer",),)
+    assert made.schemes == {"student": "hybrid"}
+    for scheme in ("encoder", {"lecturer": "hybrid"}, {"lecturer": "encoder"}):
+        with pytest.raises(InputError, match=r"pool of data is not local; where: encoding of 'lecturer'"):
+            study.prepare(cohort, encoding=scheme)
+    with pytest.raises(RunError, match=r"cannot be extended.*rows of the fitted units"):
+        ps.fit(model, data, encoding="hybrid", progress=False).extend(data)
 
 
 def test_score_and_curvature_are_those_of_the_marginal_with_the_students_integrated_out(monkeypatch):

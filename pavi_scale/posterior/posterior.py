@@ -210,9 +210,9 @@ class Posterior:
             raise RunError(
                 "this posterior cannot be extended",
                 where=self.run,
-                expected="encoder or hybrid encodings",
-                got="free encodings only",
-                remedy="fit again with encoding='encoder' or 'hybrid'",
+                expected="encoder or hybrid encodings of every plate",
+                got="rows of the fitted units",
+                remedy="fit again with encoding='encoder' or 'hybrid'; where a plate's data are too many to be encoded, fit old and new units together",
             )
         return self._context.extend(new_cohort)
 
