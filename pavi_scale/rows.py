@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pavi_scale.batching import shards
+from pavi_scale.diagnosing import LOST
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
 from pavi_scale.guide.root import StudentT
@@ -46,8 +47,8 @@ APART = 4  # root coordinates up to which each is probed by itself
 TASKS = 16  # parts of a round, whoever computes them
 LEAST_PIECES = 4  # of a round
 POWERS = 4  # rounds that look for lost couplings
-LOOKED = 16  # share of the cohort that they look at, at most
-LOST = 1_000_000
+LOOKED = 16  # share of the cohort that they look at first, at most
+LOST_ROUND = 1_000_000
 ROWS = 16  # rows of chunks that are open at the same time
 CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 4
@@ -234,9 +235,17 @@ class Rows:
     def lost(self, sites: Sites, centre: Centre) -> float:
         """Largest share of its precision that a direction loses if the sites' couplings are accounted for: 1 - 1/x for a variance that is x times ours.
 
-        The largest eigenvalue of S (K - H) S by power iteration: K the sites' precision, H the data's curvature, S posterior sds given all else.
+        Looked at on a part of the units, whose chance differences from the whole can only add to it: an alarm is looked into on a larger part.
         """
-        size = max([s for s in self.sizes if s <= self.count // LOOKED], default=self.sizes[0])
+        share, part = 0.0, max([s for s in self.sizes if s <= self.count // LOOKED], default=self.sizes[0])
+        for size in [s for s in self.sizes if s >= part]:
+            share = self.coupling(sites, centre, size)
+            if share <= LOST or time.monotonic() > self.trainer.deadline:
+                break
+        return round(share, 6)  # what is below depends on the point at which a law was first summed up
+
+    def coupling(self, sites: Sites, centre: Centre, size: int) -> float:
+        """The largest eigenvalue of S (K - H) S by power iteration: K the sites' precision, H the data's curvature, S posterior sds given all else."""
         blocks, plates = self.upper.blocks, self.trainer.study.layout.plates
         rng = np.random.default_rng(stream(self.trainer.seed, "lost") % 2**63)
         scale = {b.name: 1.0 if self.split and lies_below(plates, b.plates, (self.split,)) else self.count / size for b in blocks} | {"root": self.count / size}
@@ -244,7 +253,7 @@ class Rows:
         towards = {n: rng.choice([-1.0, 1.0], x.shape) * (x > 0) for n, x in sd.items()}
         share = 0.0
         for i in range(POWERS):
-            total = self.ask(size, centre, LOST + i, 1.0, {f"towards/{n}": u for n, u in towards.items()})
+            total = self.ask(size, centre, LOST_ROUND + i, 1.0, {f"towards/{n}": u for n, u in towards.items()})
             away = {}
             for n, u in towards.items():
                 seen = total[f"along/{n}"]
@@ -253,7 +262,7 @@ class Rows:
             share = math.sqrt(sum((w**2).sum() for w in away.values()) / sum((u**2).sum() for u in towards.values()))
             size_of = max(max(np.abs(w).max(initial=0.0) for w in away.values()), 1e-12)
             towards = {n: w / size_of for n, w in away.items()}
-        return round(share, 6)  # what is below depends on the point at which a law was first summed up
+        return share
 
     def tell(self, stage: str, centre: Centre, sites: Sites, scores: Scores, left: Residual) -> float:
         """Report the bound: the data's at the centre, and the laws' above it less what the sites took for the data."""

@@ -123,6 +123,25 @@ def test_couplings_that_rows_lose_are_told(monkeypatch):
     assert [status_of({**facts, "lost": x}, [], None) for x in (0.1, 0.9)] == ["ok", "unreliable"]
 
 
+def test_an_alarm_on_a_part_is_looked_into_on_the_whole(tmp_path, monkeypatch):
+    path = str(tmp_path / "c.zarr")
+    make_cohort(path, subjects=16, vertices=480, features=16, seed=2)
+    monkeypatch.setattr(miniature, "FIRST", 60 * 32)
+    monkeypatch.setattr(miniature, "EACH", 0)
+    monkeypatch.setattr(rows, "CELLS", 16)
+    made, seen = Rows(trainer(cortical, xr.open_zarr(path, consolidated=False).load())), {}
+    assert made.sizes == [60, 480]
+    look = made.coupling
+
+    def told(sites, centre, size):
+        seen[size] = look(sites, centre, size)
+        return seen[size]
+
+    monkeypatch.setattr(made, "coupling", told)
+    fitted = made.fit(lambda *_: None)
+    assert seen[60] > rows.LOST > seen[480] == pytest.approx(fitted.lost, abs=1e-6)
+
+
 def test_a_site_out_of_place_leaves_a_residual(monkeypatch):
     model, data = groups()
     free(monkeypatch, "group")
