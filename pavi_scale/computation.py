@@ -26,7 +26,7 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.exploring import explore
 from pavi_scale.guide.gaussian import Tree
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.local import Core, candidates, context, draw, fit_core
+from pavi_scale.guide.local import Core, candidates, context, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.guide.terms import spent
 from pavi_scale.holding import Holding, Key
@@ -37,6 +37,7 @@ from pavi_scale.moments import Moments, points_of
 from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.store import PosteriorWriter
+from pavi_scale.ratios import local_ratios
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.scores import gather
@@ -285,25 +286,17 @@ class StudyComputation:
         return out
 
     def task_ratios(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """log p - log q of M draws per unit of each finest block at one root point: `ratio/<block>` `[M, n]`, `units/<block>/<plate>`.
-
-        Linear-Gaussian components are left out: their ratios are constant.
-        """
+        """log p - log q of M draws per unit of each finest block at one root point: `ratio/<block>` `[M, n]`, `units/<block>/<plate>` (`local_ratios`)."""
         reduced, shard = self.shard(task)
-        weights = self.weights(state, reduced)
-        corrections = correctors(weights, reduced)
         noise = generator_noise(stream(int(task["seed"]), "ratios", shard.start), self.dtype)
-        values: dict[str, Value] = dict(self.space.values(torch.tensor(state["points"], dtype=self.dtype)))
+        root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
+        held = {b.name: state[f"held/{b.name}"][flat_positions(self.layout, reduced.selection, b)] for b in self.guide.blocks if f"held/{b.name}" in state}
         out: dict[str, np.ndarray] = {}
-        with torch.no_grad():
-            for component in self.guide.components:
-                core = fit_core(LocalModel(component, reduced, values, weights.sites, 1), differentiable=False)
-                values.update(draw(core, noise, corrections).values)
-                if not component.finest or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
-                    continue
-                for name, ratio in candidates(core, noise, int(task["samples"]), corrections).log_weight.items():
-                    out[f"ratio/{name}"] = ratio[0].to(torch.float64).numpy()
-                    out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in self.block(name).plates})
+        for name, ratio in local_ratios(self.guide, reduced, root, self.weights(state, reduced), held, noise, int(task["samples"])).items():
+            plates = self.block(name).plates
+            if self.guide.counted(reduced, plates, shard.plate, shard.first):
+                out[f"ratio/{name}"] = ratio.to(torch.float64).numpy()
+                out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in plates})
         return out
 
     def task_correct(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:

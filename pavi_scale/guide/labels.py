@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from pavi_scale.guide.blocks import Component, Factor
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Pair, factorise
+from pavi_scale.guide.mixing import Mixing
 from pavi_scale.guide.mode import Noise
 from pavi_scale.guide.sweeps import LANES, scatter, sweep
 from pavi_scale.model.density import Graph
@@ -34,7 +36,6 @@ SLAB = 1 << 20  # values of the data, times particles, looked at together
 SWEEPS = 20
 FIRST_STEPS, STEPS, DRAW_STEPS = 3, 2, 3  # Newton steps of each leaf in the first sweep, in the others, and for a draw
 LEAST = 0.95  # precision of a parent unit, in units of its prior's: a few leaves with two modes would make it less, or nothing
-NEAR, MIXED = 0.5, 3.0  # longest step, in units of the most, that is mixed with the one before; share of that one at most
 SETTLED = 1e-2  # Newton decrement (nats) of a parent unit at which its search ends
 NOTHING = np.zeros((0, 0, 0), np.float32)
 
@@ -150,11 +151,11 @@ class Labels:
         return out
 
     def units_first(self, parts: np.ndarray) -> Tensor:
-        """`[K, S, L, n]` as the coordinates of the leaves' block, `[K, S n, 1, L]`."""
+        """`[K, S, L, n]` as the coordinates of the leaves' block, `[K, S n, 1, L]`; L may be another length."""
         inner, _, outer = self.layout
-        sizes, axes = self.local.reduced.sizes, (*inner, "", *outer)
-        whole = torch.from_numpy(parts).reshape(len(parts), *sizes(inner), self.leaf.dim, *sizes(outer))
-        return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(len(parts), -1, 1, self.leaf.dim)
+        sizes, axes, dim = self.local.reduced.sizes, (*inner, "", *outer), parts.shape[2]
+        whole = torch.from_numpy(parts).reshape(len(parts), *sizes(inner), dim, *sizes(outer))
+        return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(len(parts), -1, 1, dim)
 
     def leaves_first(self, coordinates: Tensor) -> np.ndarray:
         """The inverse of `units_first`, in single precision."""
@@ -175,23 +176,41 @@ class Labels:
             noise: Standard normals by block.
         """
         leaves, _, labels, n = self.shape
-        out: dict[str, Tensor] = {}
-        top = np.zeros((self.particles, 0, n))
-        if self.parent is not None:
-            e = self.parent.dim
-            spread = np.linalg.inv(held[:, e:].reshape(n, e, e))  # M^T, M M^T = H^-1
-            white = noise(self.parent, (self.particles, n, 1, e))[:, :, 0].to(torch.float64).numpy()
-            drawn = held[None, :, :e] + np.einsum("nfe,knf->kne", spread, white, optimize=True)
-            top = drawn.transpose(0, 2, 1)
-            out[self.parent.name] = torch.from_numpy(drawn[:, :, None])
-        white_leaves = self.leaves_first(noise(self.leaf, (self.particles, leaves * n, 1, labels)))
+        top, out = self._parents(held, noise)
+        white = self.leaves_first(noise(self.leaf, (self.particles, leaves * n, 1, labels)))
         z = np.empty((self.particles, leaves, labels, n), np.float32)
         for k, prior in enumerate(self.priors):
-            offset = (prior.c[:, None] - prior.q @ top[k]) * np.ones(n)
-            z[k] = prior.inverse @ offset
-            scatter(self.evidence[k], z[k], offset.astype(np.float32), prior.p.astype(np.float32), DRAW_STEPS, white_leaves[k])
+            self._leaves(z[k], k, _offset(prior, top[k]), white[k])
         out[self.leaf.name] = self.units_first(z)
         return out
+
+    def ratios(self, held: np.ndarray, noise: Noise, samples: int) -> Tensor:
+        """log p - log q of draws of the leaves at the first root point and one draw of their parents, `[samples, leaves]`; up to a constant of each leaf."""
+        leaves, _, labels, n = self.shape
+        (top, *_), _ = self._parents(held, noise)
+        prior, z, out = self.priors[0], np.empty((leaves, labels, n), np.float32), np.empty((samples, leaves, 1, n))
+        offset = _offset(prior, top)
+        for ratio in out:
+            (white,) = self.leaves_first(noise(self.leaf, (1, leaves * n, 1, labels)))
+            self._leaves(z, 0, offset, white)
+            ratio[:, 0] = ((offset - 0.5 * np.einsum("lm,smn->sln", prior.p, z, optimize=True)) * z).sum(1) + 0.5 * (white.astype(np.float64) ** 2).sum(1)
+            ratio[:, 0] += (logsumexp(z[:, None] + self.evidence[0], axis=2) - logsumexp(z, axis=1)[:, None]).sum(1)
+        return self.units_first(out)[:, :, 0, 0]
+
+    def _parents(self, held: np.ndarray, noise: Noise) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """A draw of the parents for each root point, `[K, E, n]`, and as coordinates by block."""
+        n, e = self.shape[3], self.parent.dim if self.parent else 0
+        if self.parent is None:
+            return np.zeros((self.particles, 0, n)), {}
+        spread = np.linalg.inv(held[:, e:].reshape(n, e, e))  # M^T, M M^T = H^-1
+        white = noise(self.parent, (self.particles, n, 1, e))[:, :, 0].to(torch.float64).numpy()
+        drawn = held[None, :, :e] + np.einsum("nfe,knf->kne", spread, white, optimize=True)
+        return drawn.transpose(0, 2, 1), {self.parent.name: torch.from_numpy(drawn[:, :, None])}
+
+    def _leaves(self, z: np.ndarray, k: int, offset: np.ndarray, white: np.ndarray) -> None:
+        """Draws of the leaves given their parents at root point k, into z `[S, L, n]`."""
+        z[:] = self.priors[k].inverse @ offset
+        scatter(self.evidence[k], z, offset.astype(np.float32), self.priors[k].p.astype(np.float32), DRAW_STEPS, white)
 
 
 class LabelledCore(Labels):
@@ -347,37 +366,6 @@ class _Slabs(torch.autograd.Function):
         return None, None, None, *total
 
 
-class Mixing:
-    """Newton steps of many units towards a fixed point, each with the slowest direction of its error taken out.
-
-    The curvature at hand leaves out how the leaves' skewness moves with their parent, so that plain steps converge linearly. Anderson mixing with
-    one earlier step (Walker & Ni 2011): x + s - c (dx + ds) with c = s.ds / ds.ds, where dx and ds are the last changes of point and step.
-
-    Args:
-        top: Coordinates, `[E, n]`.
-        longest: Of one step.
-    """
-
-    def __init__(self, top: np.ndarray, longest: float) -> None:
-        self.most, self.longest = longest, np.full(top.shape[1], longest)
-        self.step, self.point = np.zeros_like(top), np.full_like(top, np.nan)
-
-    def move(self, top: np.ndarray, at: np.ndarray, step: np.ndarray) -> None:
-        """Move the units `at` by about `step` `[E, len(at)]`, in place."""
-        here, before = top[:, at], self.step[:, at]
-        turned = (step * before).sum(0) < 0
-        # A step that turns back was too long: curvature far out says little of what lies between.
-        self.longest[at] = np.where(turned, 0.5 * self.longest[at], np.minimum(1.2 * self.longest[at], self.most))
-        away, change = here - self.point[:, at], step - before
-        square = (change**2).sum(0)
-        near = np.isfinite(away).all(0) & (np.abs(step).max(0) < NEAR * self.most) & (square > 0)
-        share = np.where(near, (step * change).sum(0) / np.where(square > 0, square, 1.0), 0.0).clip(-MIXED, MIXED)
-        move = step - np.where(near, share * (np.nan_to_num(away) + change), 0.0)
-        move = move * np.minimum(1.0, self.longest[at] / np.maximum(np.abs(move).max(0), 1e-12))
-        self.point[:, at], self.step[:, at] = here, step
-        top[:, at] = here + move
-
-
 def at_least(precision: Tensor, least: Tensor) -> Tensor:
     """Matrices `[n, E, E]` with no direction's precision below that of `least` `[E, E]`, a positive definite one; those above it as they are."""
     low = torch.linalg.cholesky_ex(precision - least).info.nonzero()[:, 0]
@@ -388,6 +376,11 @@ def at_least(precision: Tensor, least: Tensor) -> Tensor:
     value, vector = torch.linalg.eigh(torch.linalg.solve_triangular(root.mT, inner, upper=True, left=False))
     vector = root @ vector
     return precision.index_copy(0, low, (vector * value.clamp(min=1.0).unsqueeze(-2)) @ vector.mT)
+
+
+def _offset(prior: Prior, top: np.ndarray) -> np.ndarray:
+    """The leaves' prior precision times location given their parents `[E, n]`, `[L, n]`."""
+    return np.asarray((prior.c[:, None] - prior.q @ top) * np.ones(top.shape[1]))
 
 
 def _quadratic(local: LocalModel, factor: Factor, zeros: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:

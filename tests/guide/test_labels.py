@@ -227,6 +227,43 @@ def test_one_block_without_a_parent():
     assert np.abs(np.sqrt(variance) / sd - 1).max() < 0.06
 
 
+def test_ratios_are_those_of_the_leaves_draws(monkeypatch):
+    data, _, core = core_of(fast)
+    generator, asked = torch.Generator().manual_seed(0), []
+
+    def noise(block, shape):
+        asked.append(torch.randn(shape, generator=generator))
+        return asked[-1]
+
+    samples, leaf = 3, "subject*vertex"
+    ratio = core.ratios(core.held, noise, samples).numpy().reshape(samples, 4, 70)
+    parents, *white = asked
+    expected = np.empty_like(ratio)
+    for m in range(samples):
+        drawn = core.draw(core.held, lambda block, shape, m=m: white[m].expand(shape) if block.name == leaf else parents)
+        rho, z = drawn["vertex"][0, :, 0].double().numpy(), drawn[leaf][0].double().numpy().reshape(4, 70, LABELS)
+        for s in range(4):
+            own = data.isel(subject=[s])
+            expected[m, s] = [log_joint(own, 0, rho[v], z[s, v][None], v) for v in range(70)]
+        expected[m] += 0.5 * (white[m].double().numpy().reshape(4, 70, LABELS) ** 2).sum(-1)
+    np.testing.assert_allclose(ratio - ratio[0], expected - expected[0], atol=2e-4)
+
+    def efficiency():
+        found = core.ratios(core.held, noise, 200).numpy()
+        weight = np.exp(found - found.max(0))
+        return np.median(weight.sum(0) ** 2 / (weight**2).sum(0)) / 200
+
+    assert efficiency() > 0.9
+    right = labels.scatter
+
+    def shifted(evidence, z, *others):
+        right(evidence, z, *others)
+        z += 0.7
+
+    monkeypatch.setattr(labels, "scatter", shifted)  # a guide that is an sd off would be seen
+    assert efficiency() < 0.2
+
+
 def test_no_direction_is_less_precise_than_asked_for():
     g = torch.Generator().manual_seed(0)
     root = torch.randn(5, 5, generator=g, dtype=torch.float64)

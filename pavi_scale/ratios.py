@@ -1,0 +1,50 @@
+"""Importance ratios of the guide's local draws: how far its conditionals are from the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pavi_scale.elbo import Weights, correctors
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.guide import Guide
+from pavi_scale.guide.labels import Labels, labelled
+from pavi_scale.guide.local import candidates, draw, fit_core
+from pavi_scale.guide.mode import Noise
+from pavi_scale.reduced import Reduced, Value
+
+
+def local_ratios(
+    guide: Guide, reduced: Reduced, root: Mapping[str, Value], weights: Weights, held: Mapping[str, np.ndarray], noise: Noise, samples: int,
+) -> dict[str, Tensor]:
+    """log p - log q of draws of each finest block's units at one root point, `[samples, n]`, by block; of labelled leaves up to a constant of the unit.
+
+    Linear-Gaussian components are left out: their ratios are constant.
+
+    Args:
+        guide: The guide.
+        reduced: The reduced model.
+        root: One root point.
+        weights: Sites and corrections of its units.
+        held: Coarse block of a labelled component -> what the draws of its leaves need (`Labels.draw`).
+        noise: Standard normals, other ones at each call.
+        samples: Draws per unit.
+    """
+    values, corrections, out = dict(root), correctors(weights, reduced), {}
+    with torch.no_grad():
+        for component in guide.components:
+            local, coarse, leaf = LocalModel(component, reduced, values, weights.sites, 1), component.blocks[0].name, component.blocks[-1].name
+            data = labelled(component, guide.graph) if coarse in held else None
+            if data is not None:
+                labels = Labels(local, data)
+                values.update(local.values(labels.draw(held[coarse], noise)))
+                out[leaf] = labels.ratios(held[coarse], noise, samples)
+                continue
+            core = fit_core(local, differentiable=False)
+            values.update(draw(core, noise, corrections).values)
+            if component.finest:
+                out.update({name: ratio[0] for name, ratio in candidates(core, noise, samples, corrections).log_weight.items()})
+    return out
