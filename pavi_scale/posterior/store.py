@@ -292,6 +292,7 @@ def settle(run_path: Path) -> Path:
     if (partial / MANIFEST).is_file():
         if final.exists():
             shutil.rmtree(retired, ignore_errors=True)
+            sync_directory(run_path)  # the new one's present name must outlive a crash before the old one loses its own
             os.rename(final, retired)
         try:
             os.rename(partial, final)

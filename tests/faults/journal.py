@@ -128,11 +128,11 @@ class Journal:
 Tree = dict[str, bytes | None]  # path -> content, None for a directory
 
 
-def crashed(steps: Sequence[Step], count: int, rule: str) -> Tree:
-    """The tree after the first `count` steps and a crash, as `rule` says what of the unsynced was kept."""
+def crashed(steps: Sequence[Step], count: int, rule: str, seed: int = 0) -> Tree:
+    """The tree after the first `count` steps and a crash, as `rule` (and `seed`, of what is random) says what of the unsynced was kept."""
     done = steps[:count]
     synced: dict[int, int] = {step.sync: i for i, step in enumerate(done) if step.sync is not None}
-    rng = np.random.default_rng([count, RULES.index(rule)])
+    rng = np.random.default_rng([count, RULES.index(rule), seed])
     changes: list[tuple[int, int, str, int | None]] = []  # step, directory, name, file
     writes: list[tuple[int, int, bytes]] = []
     for i, step in enumerate(done):

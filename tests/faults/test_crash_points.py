@@ -15,12 +15,13 @@ from pavi_scale import durable, lease
 from pavi_scale.cohort import open_cohort
 from pavi_scale.digests import COHORT
 from pavi_scale.errors import InputError, RunError
+from pavi_scale.posterior import store
 from pavi_scale.posterior.groups import stored_path
 from pavi_scale.posterior.integrity import verify
 from pavi_scale.posterior.store import PosteriorWriter
 from pavi_scale.run import Run
 from tests.faults import study
-from tests.faults.journal import RULES, Journal, Step, build, states
+from tests.faults.journal import RULES, Journal, Step, build, crashed, states
 from tests.posterior import toy
 
 STUDY = {"model": "toy", "seed": 0}
@@ -181,6 +182,27 @@ def test_crash_states_recover(tmp_path, monkeypatch, name):
     looked, bad = faults(steps, check, tmp_path, every=239)
     assert looked > 10
     assert not bad, "\n".join(bad[:5])
+
+
+def without_a_posterior(steps: list[Step]) -> list[int]:
+    """Numbers of steps after which a crash could leave a run without the posterior that it had: many choices of what is lost, where its names change."""
+    first = next(i for i, s in enumerate(steps) if s.mark == "posterior")
+    counts = [i + 1 for i in range(first, len(steps)) if any(name.startswith("posterior.zarr") for _, name, _ in steps[i].names)]
+    assert len(counts) > 3
+    bad = []
+    for count in counts:
+        for seed in range(40):
+            tree = crashed(steps, count, "some", seed)
+            if not any(f"deep/run/posterior.zarr{end}/manifest.json" in tree for end in ("", ".partial")):
+                bad.append(count)
+    return bad
+
+
+def test_a_posterior_that_was_there_stays_until_there_is_another(tmp_path, monkeypatch):
+    steps = record(small_run, tmp_path, monkeypatch)
+    assert not without_a_posterior(steps)
+    monkeypatch.setattr(store, "sync_directory", lambda path: None)
+    assert without_a_posterior(record(small_run, tmp_path, monkeypatch))  # it would be seen
 
 
 @pytest.mark.parametrize("forgotten", ["sync_directory", "sync_file", "os.fsync"])
