@@ -291,12 +291,11 @@ class StudyComputation:
         noise = generator_noise(stream(int(task["seed"]), "ratios", shard.start), self.dtype)
         root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
         held = {b.name: state[f"held/{b.name}"][flat_positions(self.layout, reduced.selection, b)] for b in self.guide.blocks if f"held/{b.name}" in state}
+        mine = [b.name for b in self.guide.blocks if self.guide.counted(reduced, b.plates, shard.plate, shard.first)]
         out: dict[str, np.ndarray] = {}
-        for name, ratio in local_ratios(self.guide, reduced, root, self.weights(state, reduced), held, noise, int(task["samples"])).items():
-            plates = self.block(name).plates
-            if self.guide.counted(reduced, plates, shard.plate, shard.first):
-                out[f"ratio/{name}"] = ratio.to(torch.float64).numpy()
-                out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in plates})
+        for name, ratio in local_ratios(self.guide, reduced, root, self.weights(state, reduced), held, noise, int(task["samples"]), mine).items():
+            out[f"ratio/{name}"] = ratio.to(torch.float64).numpy()
+            out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in self.block(name).plates})
         return out
 
     def task_correct(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pavi_scale.reduced import Reduced, Value
 
 def local_ratios(
     guide: Guide, reduced: Reduced, root: Mapping[str, Value], weights: Weights, held: Mapping[str, np.ndarray], noise: Noise, samples: int,
+    wanted: Collection[str],
 ) -> dict[str, Tensor]:
     """log p - log q of draws of each finest block's units at one root point, `[samples, n]`, by block; of labelled leaves up to a constant of the unit.
 
@@ -32,6 +33,7 @@ def local_ratios(
         held: Coarse block of a labelled component -> what the draws of its leaves need (`Labels.draw`).
         noise: Standard normals, other ones at each call.
         samples: Draws per unit.
+        wanted: Finest blocks of the components that are asked for; the others are only drawn.
     """
     values, corrections, out = dict(root), correctors(weights, reduced), {}
     with torch.no_grad():
@@ -41,10 +43,11 @@ def local_ratios(
             if data is not None:
                 labels = Labels(local, data)
                 values.update(local.values(labels.draw(held[coarse], noise)))
-                out[leaf] = labels.ratios(held[coarse], noise, samples)
+                if leaf in wanted:
+                    out[leaf] = labels.ratios(held[coarse], noise, samples)
                 continue
             core = fit_core(local, differentiable=False)
             values.update(draw(core, noise, corrections).values)
-            if component.finest:
+            if component.finest and leaf in wanted:
                 out.update({name: ratio[0] for name, ratio in candidates(core, noise, samples, corrections).log_weight.items()})
     return out
