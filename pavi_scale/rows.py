@@ -28,9 +28,10 @@ from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
 from pavi_scale.server.local import LocalEngine
-from pavi_scale.sites import EVALUATIONS, REFITTED, Centre, Residual, Sites, Upper, refreshed, residual, updated
+from pavi_scale.sites import Centre, Residual, Sites, refreshed, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
+from pavi_scale.upper import EVALUATIONS, REFITTED, Upper
 
 GROWTH = 4
 LOOK = 3  # rounds over the smallest selection from each start
@@ -86,13 +87,17 @@ class Rows:
 
     Args:
         trainer: Engine, seed, deadline, and what is told of progress.
+        least: Pieces of a round, at least.
+        prior: Draws of the root's prior, `[256, R]`, where they are known.
     """
 
     trainer: Trainer
+    least: int = LEAST_PIECES
+    prior: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         study, seed = self.trainer.study, self.trainer.seed
-        self.draws = study.space.prior_draws(256, stream(seed, "prior") % 2**31)
+        self.draws = study.space.prior_draws(256, stream(seed, "prior") % 2**31) if self.prior is None else self.prior
         scale = whitening(self.draws)[1] if study.space.dim else np.zeros(0)
         self.upper = Upper(study, scale)
         self.starts: dict[str, np.ndarray] = {}  # where coarse blocks below were found, or about where they should be
@@ -146,7 +151,7 @@ class Rows:
         study, seed = self.trainer.study, self.trainer.seed
         if (small := miniature(study, seed)) is not None:
             with LocalEngine(Ready(small)) as engine:
-                found_there, root = Rows(replace(self.trainer, study=small, engine=engine)).search()
+                found_there, root = Rows(replace(self.trainer, study=small, engine=engine), least=1, prior=self.draws).search()  # nobody shares its rounds
             fresh = self.upper.initial(root, self.rows_at(root, 0))
             sites = Sites(fresh.loc, fresh.precision, found_there.root, found_there.pull, found_there.root_precision)
             # Such sites say nothing of the joined roots yet: rows are looked at where the root says.
@@ -210,11 +215,11 @@ class Rows:
         study = self.trainer.study
         length = shard_length(study)
         if size == self.count:
-            found = shards(study.layout, self.split, max(1, min(length, -(-self.count // LEAST_PIECES))))
+            found = shards(study.layout, self.split, max(1, min(length, -(-self.count // self.least))))
             pieces: list[Any] = [(s.plate, s.start, s.stop, s.first) for s in found]
         else:
             units = np.sort(self.order[:size])
-            length = max(1, min(length, -(-size // LEAST_PIECES)))
+            length = max(1, min(length, -(-size // self.least)))
             pieces = [units[a : a + length] for a in range(0, size, length)]
         per = -(-len(pieces) // TASKS)
         apart = 1 < len(self.upper.told) <= APART and not more

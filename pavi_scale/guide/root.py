@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,13 @@ class RootSpace:
             out[name] = Value(link.forward(part.reshape(-1, *link.base_shape)), ())
         return out
 
-    def log_prior(self, z: Tensor) -> Tensor:
-        """log p(root) in unconstrained coordinates, `[K]`."""
+    def log_prior(self, z: Tensor, without: Collection[str] = ()) -> Tensor:
+        """log p(root) in unconstrained coordinates, `[K]`; some laws left out."""
         values = self.values(z)
         total = torch.zeros(len(z), dtype=z.dtype)
         for name, part in zip(self.names, z.split(self.sizes, -1), strict=True):
+            if name in without:
+                continue
             link = self.graph.links[name]
             base = part.reshape(-1, *link.base_shape)
             total = total + self.reduced.log_prob(name, values) + link.log_det(base, values[name].theta)

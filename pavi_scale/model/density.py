@@ -270,34 +270,37 @@ def _over_units(
 ) -> tuple[Tensor, ...]:
     """Nested vmap of `unit` over the particle axis and the plates; inputs that are None pass as None.
 
-    An input's axes are consumed from the left, so the outermost map is the particle axis.
+    An input's axes are consumed from the left, so the outermost map is the particle axis. Axes of one unit are dropped, not mapped over: that costs
+    as much as the law itself.
     """
     present = [a for a in inputs if a is not None]
     sizes = {p: a.value.shape[int(a.particles) + i] for a in present for i, p in enumerate(a.axes)}
+    lead = max((len(a.value) for a in present if a.particles), default=1)
     if 0 in sizes.values():  # a county without houses: vmap cannot run over no units, and there is nothing to compute
-        lead = max((len(a.value) for a in present if a.particles), default=1)
         tie = sum((0.0 * a.value.sum() for a in present if a.value.requires_grad), present[0].value.new_zeros(()))
         return (present[0].value.new_zeros(lead, *(sizes.get(p, 1) for p in plates), *event) + tie,)
+    mapped = [p for p in plates if sizes.get(p, 1) > 1]
     function = unit
-    squeeze_back: list[int] = []
-    for depth, plate in reversed(list(enumerate(plates, start=1))):
-        in_dims = tuple(0 if a is not None and plate in a.axes else None for a in inputs)
-        if any(d == 0 for d in in_dims):
-            function = torch.func.vmap(function, in_dims=in_dims)
-        else:
-            squeeze_back.append(depth)
-    particles = any(a.particles for a in present)
-    if particles:
+    for plate in reversed(mapped):
+        function = torch.func.vmap(function, in_dims=tuple(0 if a is not None and plate in a.axes else None for a in inputs))
+    if lead > 1:
         function = torch.func.vmap(function, in_dims=tuple(0 if a is not None and a.particles else None for a in inputs))
     with unvalidated(), Promote() if promote else contextlib.nullcontext():
-        found = function(*(None if a is None else a.value for a in inputs))
+        found = function(*(None if a is None else _without_single_axes(a, lead, mapped) for a in inputs))
     outs = []
     for out in found if isinstance(found, tuple) else (found,):
-        whole = out if particles else out.unsqueeze(0)
-        for depth in sorted(squeeze_back):
-            whole = whole.unsqueeze(depth)
+        whole = out if lead > 1 else out.unsqueeze(0)
+        for depth, plate in enumerate(plates, start=1):
+            whole = whole if plate in mapped else whole.unsqueeze(depth)
         outs.append(whole)
     return tuple(outs)
+
+
+def _without_single_axes(a: Aligned, lead: int, mapped: list[str]) -> Tensor:
+    """The value with the axes that are mapped over, and the event's."""
+    first = int(a.particles)
+    dropped = [first + i for i, p in enumerate(a.axes) if p not in mapped] + ([0] if first and lead == 1 else [])
+    return a.value.squeeze(dropped) if dropped else a.value
 
 
 def log_prob_of(law: Distribution, x: Tensor) -> Tensor:

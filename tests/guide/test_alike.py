@@ -1,0 +1,121 @@
+"""Trees whose laws are the same for all units: their log marginal against dense normal densities, and against the general elimination."""
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy.stats import multivariate_normal
+from torch.distributions import HalfNormal, Normal
+
+import pavi_scale as ps
+from pavi_scale import study
+from pavi_scale.cohort import open_cohort
+from pavi_scale.computation import StudyComputation
+from pavi_scale.guide.alike import Alike, alike
+from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.guide import weights
+from pavi_scale.guide.local import fit_core
+from pavi_scale.sites import Sites
+from pavi_scale.upper import Upper
+
+SCHOOLS, EVENTS = 7, 3
+
+
+def upper(monkeypatch, balanced, wide=False):
+    """Events of classes, which have rows, in schools about a common mean; `wide`: laws that differ between schools."""
+    rng = np.random.default_rng(3)
+    school = np.repeat(np.arange(SCHOOLS), 4) if balanced else np.sort(np.concatenate([np.arange(SCHOOLS), rng.integers(0, SCHOOLS, 15)]))
+    pupil = np.repeat(np.arange(len(school)), 2)
+    spread = {"spread": ps.covariate(plates="school")} if wide else {}
+    law = (lambda mu, tau, spread: Normal(mu, tau * spread)) if wide else (lambda mu, tau: Normal(1.5 * mu + 0.2, tau))
+    model = ps.Model(
+        ps.Plate("school"), ps.Plate("class", within="school"), ps.Plate("pupil", within="class"),
+        mu=ps.latent(lambda: Normal(torch.tensor([0.0, 1.0, -1.0]), 3.0), dims=("k",)), tau=ps.latent(lambda: HalfNormal(torch.ones(3)), dims=("k",)),
+        sigma=ps.latent(lambda: HalfNormal(1.0)), **spread,
+        theta=ps.latent(law, plates="school", dims=("k",)),
+        phi=ps.latent(lambda theta, mu, sigma: Normal(theta - 0.5 * mu, sigma), plates="class", dims=("k",)),
+        y=ps.observed(lambda phi: Normal(phi, 1.0), plates="pupil", dims=("k",)),
+    )
+    data = xr.Dataset({
+        "y": (("pupil", "k"), rng.normal(size=(len(pupil), EVENTS))), "of": ("pupil", pupil, {"instance_dimension": "class"}),
+        "in": ("class", school, {"instance_dimension": "school"}), **({"spread": ("school", 1.0 + rng.random(SCHOOLS))} if wide else {}),
+    })
+    chosen = frozenset({frozenset({"class"})})
+    monkeypatch.setattr(study, "choose_free", lambda *_, **__: chosen)
+    made = study.prepare(open_cohort(data, model), seed=0)
+    found = Upper(StudyComputation(made.graph, made.cohort, made.settings), np.ones(7))
+    loc = {"class": rng.normal(size=(len(school), EVENTS))}
+    precision = {b: np.exp(rng.normal(size=x.shape)) for b, x in loc.items()}
+    root = np.array([0.3, 1.2, -0.4, 0.1, -0.3, 0.4, -0.2])
+    curve = rng.normal(size=(7, 7))
+    return found, Sites(loc, precision, root - 0.1, rng.normal(size=7), curve @ curve.T), school, root
+
+
+def dense(found, sites, school, root):
+    """The log marginal of the root, common mean integrated out, from dense covariances."""
+    z = torch.tensor(root)[None]
+    theta = {n: v.theta[0].numpy() for n, v in found.space.values(z).items()}
+    away = root - sites.root
+    total = float(found.space.log_prior(z, ["mu"])) + away @ sites.pull - 0.5 * away @ sites.root_precision @ away
+    under = np.eye(SCHOOLS)[school]
+    for k in range(EVENTS):
+        # Classes as sums of independent normals: 1.5 mu - mu / 2 for all, their schools' and their own.
+        precise = sites.precision["class"][:, k]
+        covariance = 9.0 + theta["tau"][k] ** 2 * under @ under.T + np.diag(theta["sigma"] ** 2 + 1 / precise)
+        mean = np.full(len(school), (0.0, 1.0, -1.0)[k] + 0.2)
+        total += multivariate_normal(mean, covariance).logpdf(sites.loc["class"][:, k]) + 0.5 * np.log(2 * np.pi / precise).sum()
+    return total
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_log_marginal_is_that_of_the_dense_normal(monkeypatch, balanced):
+    found, sites, school, root = upper(monkeypatch, balanced)
+    assert found.joined == ["mu"]
+    assert all(alike(c, found.reduced) for c in found.components)
+    for move in (0.0, 0.4):
+        value, _ = found.bound(sites, (root + move)[None])
+        assert value[0] == pytest.approx(dense(found, sites, school, root + move), rel=1e-10)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_value_and_gradient_are_those_of_the_general_elimination(monkeypatch, balanced):
+    found, sites, _, root = upper(monkeypatch, balanced)
+    points = root + 0.3 * np.random.default_rng(0).normal(size=(5, 7))
+    value, gradient = found.bound(sites, points)
+    z = torch.tensor(points, requires_grad=True)
+    general, _ = found.cores(sites, z, found.reduced)
+    (slope,) = torch.autograd.grad(general.sum(), z)
+    np.testing.assert_allclose(value, general.detach().numpy(), rtol=1e-11)
+    np.testing.assert_allclose(gradient, slope.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.value(sites, points), value, rtol=1e-13)
+
+
+def test_new_sites_are_looked_at_anew(monkeypatch):
+    found, sites, school, root = upper(monkeypatch, False)
+    found.bound(sites, root[None])
+    other = Sites({b: x + 1.0 for b, x in sites.loc.items()}, sites.precision, sites.root, sites.pull, sites.root_precision)
+    assert found.bound(other, root[None])[0][0] == pytest.approx(dense(found, other, school, root), rel=1e-10)
+
+
+def test_laws_that_differ_between_units_go_the_general_way(monkeypatch):
+    found, sites, _, root = upper(monkeypatch, False, wide=True)
+    assert not any(alike(c, found.reduced) for c in found.components)
+    assert np.isfinite(found.bound(sites, root[None])[0]).all()
+
+
+def test_a_scale_next_to_nothing_is_told_rather_than_computed_with(monkeypatch):
+    found, sites, _, root = upper(monkeypatch, False)
+    root[-1] = -40.0  # log sigma: no digit of the schools' precision is left
+    assert found.bound(sites, root[None])[0][0] == -np.inf
+
+
+def test_weighted_units_stand_for_others(monkeypatch):
+    found, sites, _, root = upper(monkeypatch, False)
+    inner = [c for c in found.study.guide.components if {b.name for b in c.blocks} == {"school", "class"}]
+    assert len(inner) == 1
+    part = found._part([n for n, v in found.study.graph.model.variables.items() if v.kind != "latent"], 1)
+    rows = found._rows(sites, part)
+    values = dict(found.space.values(torch.tensor(root)[None]))
+    few = Alike(inner[0], part, rows).log_marginal(values, 1)
+    core = fit_core(LocalModel(inner[0], part, values, rows, 1), differentiable=False)
+    np.testing.assert_allclose(few.detach(), core.log_marginal(weights(core)), rtol=1e-11)
