@@ -8,7 +8,7 @@ import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
-from pavi_scale import miniature, rows, sites, study
+from pavi_scale import miniature, rows, study, upper
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
@@ -196,7 +196,7 @@ def test_roots_that_are_gaussian_given_the_others_join_their_component(monkeypat
     made = Rows(trainer(model, data)).upper
     assert made.joined == ["mu"]
     assert len(made.rest) == made.space.dim - 1
-    monkeypatch.setattr(sites, "with_roots", lambda component, *_: component)
+    monkeypatch.setattr(upper, "with_roots", lambda component, *_: component)
     apart = Rows(trainer(model, data)).upper
     assert apart.joined == []
     start = made.initial(np.zeros(made.space.dim), {"group": np.linspace(-2, 3, 60)[:, None]})

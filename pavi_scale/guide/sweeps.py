@@ -15,7 +15,8 @@ Fused products are asked for by name, and the compiler may not reorder anything:
 loaded from the cache, or compiled on another machine.
 
 Leaves of one parent unit lie along the first axis, parent units along the last, and every inner loop runs over parent units: the compiler turns
-it into vector instructions, and nothing of a leaf is written to memory but what was asked for.
+it into vector instructions, and nothing of a leaf is written to memory but what was asked for. Division is NumPy's, since a loop that may raise
+is not turned into any.
 """
 
 from __future__ import annotations
@@ -27,12 +28,20 @@ from numba import njit
 
 from pavi_scale.guide.exponential import HALF, ONE, exp, fma
 
-LANES = 64  # parent units at once: the work space of one leaf then fits the first-level cache
+LANES = 128  # parent units at once: long loops, since each begins with checks that its arrays lie apart; more, and a leaf's work space outgrows the cache
 LEAST = np.float32(0.05)  # of a pivot, in units of the prior's: the mixture may be convex far from the mode
 LONGEST = np.float32(4.0)  # of one step of a logit
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
+def _load(row: Any, out: Any) -> None:
+    """out <- row, with zeros where it ends."""
+    # From a view: an index with an offset might be negative for all that the compiler knows, and its loop would gather.
+    out[: len(row)] = row
+    out[len(row) :] = np.float32(0.0)
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _look(
     b: Any, s: Any, at: Any, width: Any, z: Any, offset: Any, precision: Any, share: Any, top: Any, total: Any, g: Any, h: Any, level: Any, valued: Any
 ) -> None:
@@ -56,8 +65,9 @@ def _look(
             for u in range(LANES):
                 share[t, i, u] = z[i, u]
             if t < observations:
+                row = b[s, t, i, at : at + width]
                 for u in range(width):
-                    share[t, i, u] += b[s, t, i, at + u]
+                    share[t, i, u] += row[u]
             for u in range(LANES):
                 top[u] = max(top[u], share[t, i, u])
         for i in range(labels):
@@ -85,7 +95,7 @@ def _look(
                 h[i, i, u] = fma(sign, share[t, i, u], h[i, i, u])
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _factorise(h: Any, precision: Any) -> None:
     """Cholesky factor of h in its place, with the inverse of its diagonal on the diagonal; a pivot is not less than a share of the prior's."""
     labels = len(precision)
@@ -102,7 +112,7 @@ def _factorise(h: Any, precision: Any) -> None:
                 h[i, k, u] *= h[k, k, u]
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _solve(h: Any, x: Any) -> None:
     """x <- H^-1 x, from the factor."""
     labels = len(x)
@@ -120,7 +130,7 @@ def _solve(h: Any, x: Any) -> None:
             x[i, u] *= h[i, i, u]
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _invert(h: Any, c: Any) -> None:
     """c <- H^-1, both halves; h, the factor, is overwritten by its inverse."""
     labels = len(h)
@@ -144,7 +154,7 @@ def _invert(h: Any, c: Any) -> None:
                 c[k, i, u] = c[i, k, u]
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _times(c: Any, x: Any, out: Any) -> None:
     """out <- C x."""
     labels = len(c)
@@ -156,7 +166,7 @@ def _times(c: Any, x: Any, out: Any) -> None:
                 out[i, u] = fma(c[i, k, u], x[k, u], out[i, u])
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _third(c: Any, share: Any, sign: Any, work: Any, one: Any, two: Any, t: Any) -> None:
     """Adds sign times the gradient of tr(C (diag r - r r^T)) by z to t: r_j (C_jj - sum_k C_kk r_k - 2 ((C r)_j - r C r))."""
     labels = len(c)
@@ -173,7 +183,7 @@ def _third(c: Any, share: Any, sign: Any, work: Any, one: Any, two: Any, t: Any)
             t[i, u] += sign * share[i, u] * (c[i, i, u] - one[u] - np.float32(2.0) * (work[i, u] - two[u]))
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _average(c: Any, share: Any, work: Any, one: Any, two: Any) -> None:
     """share <- its mean over z with covariance C about where it was taken, to second order; `work`, `one`, `two` as `_third` left them.
 
@@ -194,7 +204,7 @@ def _average(c: Any, share: Any, work: Any, one: Any, two: Any) -> None:
             share[i, u] /= one[u]
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, level: Any, one: Any, value: Any) -> None:
     """Adds f(z) - log det L of the leaves to `value`; h the factor, `level` the observations' part of f."""
     labels = len(precision)
@@ -208,11 +218,12 @@ def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, lev
             q = HALF * precision[i, k]
             for u in range(LANES):
                 level[u] -= q * z[i, u] * z[k, u]
+    row = value[at : at + width]
     for u in range(width):
-        value[at + u] += level[u] + np.log(one[u])
+        row[u] += level[u] + np.log(one[u])
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _spread(c: Any, gain: Any, v: Any, h: Any) -> None:
     """h <- C + V V^T with V = C gain: the leaf's covariance with what its parent's spread adds."""
     labels = len(c)
@@ -237,7 +248,7 @@ def _spread(c: Any, gain: Any, v: Any, h: Any) -> None:
                 h[k, i, u] = h[i, k, u]
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _skew(c: Any, share: Any, averaged: Any, work: Any, one: Any, two: Any, shift: Any) -> None:
     """shift <- the gradient t of tr(C Hessian of f); the observations' label probabilities are averaged over z if asked for."""
     observations, labels = len(share) - 1, len(c)
@@ -250,7 +261,7 @@ def _skew(c: Any, share: Any, averaged: Any, work: Any, one: Any, two: Any, shif
             _average(c, share[t], work, one, two)
 
 
-@njit(nogil=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
 def _report(
     s: Any, at: Any, width: Any, here: Any, c: Any, whole: Any, share: Any, work: Any, shift: Any, mean_sum: Any, mean: Any, variance: Any, share_out: Any
 ) -> None:
@@ -258,19 +269,22 @@ def _report(
     labels = len(c)
     _times(c, shift, work)
     for i in range(labels):
+        row = mean_sum[i, at : at + width]
         for u in range(width):
-            found = here[i, u] + HALF * work[i, u]
-            mean_sum[i, at + u] += found
-            if mean.size:
-                mean[s, i, at + u] = found
-                variance[s, i, at + u] = whole[i, i, u]
+            row[u] += here[i, u] + HALF * work[i, u]
+        if mean.size:
+            first, second = mean[s, i, at : at + width], variance[s, i, at : at + width]
+            for u in range(width):
+                first[u] = here[i, u] + HALF * work[i, u]
+                second[u] = whole[i, i, u]
         if share_out.size:
             for t in range(len(share) - 1):
+                out = share_out[s, t, i, at : at + width]
                 for u in range(width):
-                    share_out[s, t, i, at + u] = share[t, i, u]
+                    out[u] = share[t, i, u]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[misc]
 def sweep(
     b: Any, z: Any, todo: Any, offset: Any, precision: Any, steps: int, gain: Any,
     mean_sum: Any, cov_sum: Any, value: Any, mean: Any, variance: Any, share_out: Any,
@@ -304,15 +318,12 @@ def sweep(
     for at in todo:
         width = min(LANES, parents - at)
         for i in range(labels):
-            for u in range(LANES):
-                own[i, u] = offset[i, at + u] if u < width else np.float32(0.0)
+            _load(offset[i, at : at + width], own[i])
             for e in range(coarse):
-                for u in range(LANES):
-                    local[i, e, u] = gain[i, e, at + u] if u < width else np.float32(0.0)
+                _load(gain[i, e, at : at + width], local[i, e])
         for s in range(leaves):
             for i in range(labels):
-                for u in range(LANES):
-                    here[i, u] = z[s, i, at + u] if u < width else np.float32(0.0)
+                _load(z[s, i, at : at + width], here[i])
             for step in range(steps):
                 valued = value.size > 0 and step == steps - 1
                 _look(b, s, at, width, here, own, precision, share, one, two, g, h, level, valued)
@@ -325,20 +336,22 @@ def sweep(
                         g[i, u] = min(max(g[i, u], -LONGEST), LONGEST)
                         here[i, u] += g[i, u]
             for i in range(labels):
+                row = z[s, i, at : at + width]
                 for u in range(width):
-                    z[s, i, at + u] = here[i, u]
+                    row[u] = here[i, u]
             _invert(h, c)
             for i in range(labels):
                 for k in range(i + 1):
+                    out = cov_sum[i, k, at : at + width]
                     for u in range(width):
-                        cov_sum[i, k, at + u] += c[i, k, u]
+                        out[u] += c[i, k, u]
             if coarse:
                 _spread(c, local, g, h)
             _skew(h if coarse else c, share, share_out.size > 0, work, one, two, shift)
             _report(s, at, width, here, c, h if coarse else c, share, work, shift, mean_sum, mean, variance, share_out)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[misc]
+@njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[misc]
 def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any) -> None:
     """A draw of every leaf given its parent: mean + L^-T u.
 
@@ -360,12 +373,10 @@ def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any)
     for at in range(0, parents, LANES):
         width = min(LANES, parents - at)
         for i in range(labels):
-            for u in range(LANES):
-                own[i, u] = offset[i, at + u] if u < width else np.float32(0.0)
+            _load(offset[i, at : at + width], own[i])
         for s in range(leaves):
             for i in range(labels):
-                for u in range(LANES):
-                    here[i, u] = z[s, i, at + u] if u < width else np.float32(0.0)
+                _load(z[s, i, at : at + width], here[i])
             for _ in range(steps):
                 _look(b, s, at, width, here, own, precision, share, one, two, g, h, level, False)
                 _factorise(h, precision)
@@ -374,8 +385,7 @@ def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any)
                     for u in range(LANES):
                         here[i, u] += min(max(g[i, u], -LONGEST), LONGEST)
             for i in range(labels - 1, -1, -1):
-                for u in range(LANES):
-                    g[i, u] = noise[s, i, at + u] if u < width else np.float32(0.0)
+                _load(noise[s, i, at : at + width], g[i])
                 for m in range(i + 1, labels):
                     for u in range(LANES):
                         g[i, u] = fma(-h[m, i, u], g[m, u], g[i, u])
@@ -385,5 +395,6 @@ def scatter(b: Any, z: Any, offset: Any, precision: Any, steps: int, noise: Any)
             _skew(c, share, False, work, one, two, shift)
             _times(c, shift, work)
             for i in range(labels):
+                row = z[s, i, at : at + width]
                 for u in range(width):
-                    z[s, i, at + u] = here[i, u] + HALF * work[i, u] + g[i, u]
+                    row[u] = here[i, u] + HALF * work[i, u] + g[i, u]
