@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pavi_scale.cohort import Cohort, Origin, open_cohort
-from pavi_scale.cohort.cohort import READ
 from pavi_scale.cohort.foreign import is_url
+from pavi_scale.cohort.readers import READ
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
 from pavi_scale.memory import format_bytes
@@ -189,7 +189,7 @@ def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None)
 def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client | None, progress: bool, began: float) -> Posterior:
     """Train unless that is done, then write the posterior."""
     deadline = began + float(config.get("max_time") or math.inf)
-    read, since = (READ.seconds, READ.nbytes), time.monotonic()
+    before, since = (READ.seconds, READ.nbytes, READ.decoded), time.monotonic()
     engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec, study.plan.lanes)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
@@ -199,9 +199,9 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
             facts |= write_posterior(run, study, computation, engine, state, facts, config)
             run.commit(state, facts)
             if client is None:  # with workers, it is they who read
-                seconds = READ.seconds - read[0]
+                seconds, nbytes, decoded = (now - then for now, then in zip((READ.seconds, READ.nbytes, READ.decoded), before, strict=True))
                 share = seconds / max(time.monotonic() - since, 1e-9) / engine.parallelism
-                run.log("read", bytes=READ.nbytes - read[1], thread_seconds=round(seconds, 3), share_of_time=round(share, 4))
+                run.log("read", bytes=int(nbytes), bytes_of_chunks=int(decoded), thread_seconds=round(seconds, 3), share_of_time=round(share, 4))
     except KeyboardInterrupt as error:
         run.log("interrupted")
         raise Interrupted("the fit was interrupted", where=run.path, remedy=f"pavi_scale.resume({str(run.path)!r}) goes on") from error

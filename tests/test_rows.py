@@ -261,4 +261,5 @@ def test_the_log_says_what_was_read(tmp_path):
     ps.fit(model, tmp_path / "cohort.zarr", run=tmp_path / "run", progress=False)
     (told,) = [e for e in Run.open(tmp_path / "run").events() if e["event"] == "read"]
     assert told["bytes"] >= data["y"].nbytes
+    assert told["bytes_of_chunks"] >= data["y"].nbytes
     assert 0.0 < told["share_of_time"] < 1.0

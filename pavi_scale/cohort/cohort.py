@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from zarr.errors import ZarrUserWarning
 
 from pavi_scale.cohort import scan, schema
 from pavi_scale.cohort.foreign import is_url
-from pavi_scale.cohort.readers import EMPTY_OK, Index, MemoryReader, Reader, ZarrReader, as_index, reading
+from pavi_scale.cohort.readers import EMPTY_OK, READ, Index, MemoryReader, Reader, ZarrReader, as_index, reading
 from pavi_scale.cohort.source import Origin, Source, open_source
 from pavi_scale.digests import COHORT
 from pavi_scale.durable import disk_errors, sync_directory
@@ -130,7 +129,7 @@ class Cohort:
         began = time.perf_counter()
         with reading(f"variable {name!r} of cohort {self.source or 'in memory'}"):
             out = self._readers[name].read(index)
-        READ.add(time.perf_counter() - began, out.nbytes)
+        READ.add(seconds=time.perf_counter() - began, nbytes=out.nbytes)
         v = self.model.variables.get(name)
         if v is not None:  # never a silent NaN, whatever was checked before
             masked = v.kind == "observed" and v.missing == "mask"
@@ -246,23 +245,6 @@ class Cohort:
             chunks = "" if reader.chunks is None else f" in chunks of {'x'.join(map(str, reader.chunks))}"
             lines.append(f"  {name}[{', '.join(axes)}] {reader.dtype}{chunks}")
         return "\n".join(lines)
-
-
-class Tally:
-    """What this process has read of cohorts: seconds of its threads, waiting and decoding, and bytes that were handed out."""
-
-    def __init__(self) -> None:
-        self.seconds, self.nbytes = 0.0, 0
-        self._lock = threading.Lock()
-
-    def add(self, seconds: float, nbytes: int) -> None:
-        """Account for one read."""
-        with self._lock:
-            self.seconds += seconds
-            self.nbytes += nbytes
-
-
-READ = Tally()
 
 
 @dataclass(frozen=True)

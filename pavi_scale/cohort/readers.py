@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from zarr import Array as ZarrArrayType
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from pavi_scale.cohort.plain import plain, read_plain
 from pavi_scale.errors import CohortError
 
 try:
@@ -48,6 +50,24 @@ _ROW_BYTES = 64 << 20  # of a row of chunks that may be kept
 Index = slice | np.ndarray
 ZarrArray = ZarrArrayType[Any]
 Block = tuple[slice, ...]
+
+
+class Tally:
+    """What this process has read of cohorts: seconds of its threads, waiting and decoding; bytes that were handed out; bytes of the chunks they came from."""
+
+    def __init__(self) -> None:
+        self.seconds, self.nbytes, self.decoded = 0.0, 0, 0
+        self._lock = threading.Lock()
+
+    def add(self, *, seconds: float = 0.0, nbytes: int = 0, decoded: int = 0) -> None:
+        """Account for one read."""
+        with self._lock:
+            self.seconds += seconds
+            self.nbytes += nbytes
+            self.decoded += decoded
+
+
+READ = Tally()
 
 
 class Reader(Protocol):
@@ -209,6 +229,10 @@ class ZarrReader:
     def _grid(self) -> tuple[int, ...]:
         return self.array.shards or self.array.chunks
 
+    @cached_property
+    def _plain(self) -> bool:
+        return plain(self.array)
+
     def read(self, index: Sequence[Index]) -> np.ndarray:
         """The orthogonal selection `index`."""
         # Remote stores keep the single call: it fetches all chunks at the same time.
@@ -255,9 +279,22 @@ class ZarrReader:
                 # Zarr decodes whole chunks anyway, and its fancy indexing is slow: read the hull when it is at most twice too large.
                 if high - low <= 2 * len(i):
                     stored[axis], later[axis] = slice(low, high), i - low
-        fancy = any(isinstance(i, np.ndarray) for i in stored)
-        raw = self.array.oindex[tuple(stored)] if fancy else self.array[tuple(stored)]
+        READ.add(decoded=self._chunk_bytes(stored))
+        if any(isinstance(i, np.ndarray) for i in stored):
+            raw: Any = self.array.oindex[tuple(stored)]
+        elif self._plain:
+            raw = read_plain(self.array, [_hull(i, n) for i, n in zip(stored, self.array.shape, strict=True)])
+        else:
+            raw = self.array[tuple(stored)]
         return MemoryReader(np.asarray(raw)).read(later).transpose(self.order)
+
+    def _chunk_bytes(self, stored: Sequence[Index]) -> int:
+        """Bytes of the chunks that a selection lies in."""
+        touched = 1
+        for i, c, n in zip(stored, self._grid, self.array.shape, strict=True):
+            low, high = _hull(i, n)
+            touched *= c * (len(np.unique(i // c)) if isinstance(i, np.ndarray) else -(-high // c) - low // c if high > low else 0)
+        return touched * self.dtype.itemsize
 
     def will_need(self, index: Sequence[Index]) -> None:
         """Have the operating system fetch the chunks of a selection into its cache, and return at once; does nothing for stores that are no local folder."""

@@ -1,0 +1,70 @@
+"""Chunks of a local Zarr array that lie on the disk as they do in memory, with or without a checksum.
+
+Zarr reads such a chunk through an event loop, a thread and a chain of buffers, which takes three times as long as a copy (0.8 GB/s against 2.6, in memory
+that was used before); reading was a tenth of the time of a fit that reads its cohort three times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from zarr import Array
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import LocalStore
+
+CHECKSUM = 4  # bytes after a chunk
+INTACT = google_crc32c.value(b"." + struct.pack("<I", google_crc32c.value(b".")))  # of anything that its own checksum follows
+
+
+def plain(array: Array[Any]) -> bool:
+    """Whether an array's chunks are plain numbers of this machine's byte order in a local folder."""
+    meta = array.metadata
+    if not isinstance(array.store, LocalStore) or not isinstance(meta, ArrayV3Metadata) or np.dtype(array.dtype).kind not in "fiu":
+        return False
+    first, *rest = meta.codecs or (None,)
+    order = getattr(first, "endian", None)
+    native = isinstance(first, BytesCodec) and (order is None or order.value == sys.byteorder)
+    return native and len(rest) <= 1 and all(isinstance(c, Crc32cCodec) for c in rest)
+
+
+def read_plain(array: Array[Any], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """A block of a plain array; of chunks that are absent its fill value.
+
+    Args:
+        array: The array (`plain`).
+        spans: First position and one past the last, along each axis.
+
+    Raises:
+        ValueError: A chunk is not as long as it should be, or not what was written.
+        OSError: The disk fails.
+    """
+    dtype, grid = np.dtype(array.dtype), array.chunks
+    out = np.empty([stop - start for start, stop in spans], dtype)
+    if not out.size:
+        return out
+    folder, size, checked = Path(array.store.root, array.path), math.prod(grid) * dtype.itemsize, len(array.metadata.codecs) > 1  # type: ignore[attr-defined, union-attr]
+    for at in itertools.product(*(range(start // c, -(-stop // c)) for (start, stop), c in zip(spans, grid, strict=True))):
+        bounds = [(max(start, k * c), min(stop, (k + 1) * c)) for (start, stop), k, c in zip(spans, at, grid, strict=True)]
+        there = tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(bounds, spans, strict=True))
+        path = folder / array.metadata.encode_chunk_key(at)
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            out[there] = array.fill_value
+            continue
+        if len(raw) != size + CHECKSUM * checked:
+            raise ValueError(f"chunk {path.relative_to(folder)} has {len(raw)} bytes, not {size + CHECKSUM * checked}")
+        if checked and google_crc32c.value(raw) != INTACT:
+            raise ValueError(f"chunk {path.relative_to(folder)} is damaged: its checksum does not match")
+        values = np.frombuffer(raw, dtype, math.prod(grid)).reshape(grid)
+        out[there] = values[tuple(slice(low - k * c, high - k * c) for (low, high), k, c in zip(bounds, at, grid, strict=True))]
+    return out
