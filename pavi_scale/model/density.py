@@ -115,6 +115,24 @@ class Graph:
                     self.links[v.name] = make_link(self.supports[v.name], self.shape(v), v.name)
                     self._check_support(v, law, values)
                     values[v.name] = law.sample().to(torch.float64)
+            for v in self.model.of_kind("latent", "observed"):
+                self._check_many(v, values)
+
+    def _check_many(self, v: Variable, values: Mapping[str, Tensor]) -> None:
+        """Refuse laws that only a single ground unit can be given to.
+
+        Raises:
+            ModelError: Under `torch.func.vmap` the law fails.
+        """
+        x = values[v.name] if v.name in values else self.law(v, values).sample()
+        two = {n: Aligned(torch.stack([t, t]), (), True) for n, t in {v.name: x.to(torch.float64), **{p: values[p] for p in v.parents}}.items()}
+        try:
+            self.log_prob(v, two.pop(v.name), two)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                "law cannot be computed on many ground units at once", where=f"law of {v.name!r}", expected="torch operations on its parents",
+                got=" ".join(str(error).split())[:200], remedy="no float(), .item(), NumPy or branch on a parent's value: torch.where in place of if",
+            ) from error
 
     def _labels(self, v: Variable, law: Distribution, values: Mapping[str, Tensor], parent: str) -> bool:
         """Whether a parent is the logits of a mixture's labels, and enters the law in no other way."""

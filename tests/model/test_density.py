@@ -237,6 +237,8 @@ def test_each_unit_receives_its_own_parents_value(own, target, particles):
         (lambda t: 3.0, "does not return a distribution"),
         (lambda t: t.nothing, "law fails on one ground unit"),
         (lambda t: Normal(t, -1.0), "law fails on one ground unit"),
+        (lambda t: Normal(torch.ones(3) * float(t), 1.0), "cannot be computed on many ground units at once"),
+        (lambda t: Normal(torch.ones(3) * (t if t > 0 else -t), 1.0), "cannot be computed on many ground units at once"),
     ],
 )
 def test_a_bad_law_is_refused_with_its_name(law, message):
