@@ -124,7 +124,7 @@ class Reduced:
         own = given.get(name) or (_first(look(name)) if alone else look(name))
         parents = {p: given.get(p) or (_first(look(p)) if alone else look(p)) for p in v.parents}
         mask = Aligned(self.masks[name], v.plates, False) if name in self.masks else None
-        return self.graph.log_prob(v, own, parents, mask)
+        return self.graph.log_prob(v, own, parents, _first(mask) if mask is not None and alone else mask)
 
     def second_order(self, name: str, values: Mapping[str, Value], given: Mapping[str, Aligned]) -> tuple[Tensor, Tensor, Tensor]:
         """As `log_prob`, with the gradient and minus the Hessian that the law gives by one of its parents (`Graph.second_order`)."""
@@ -147,11 +147,13 @@ class Reduced:
         some = {p: a.rows(rows) if a.axes and a.axes[0] == v.plates[0] else a for p, a in look.items()}
         return self.graph.evidence(v, some.pop(name), some)
 
-    def prior_mean(self, name: str, values: Mapping[str, Value]) -> Tensor:
-        """Unconstrained conditional prior mean per ground unit, `[K, *sizes, *base_shape]`."""
-        v = self.graph.model.variables[name]
-        out = self.graph.prior_mean(v, {p: self.aligned(p, v.plates, values) for p in v.parents})
-        return out.expand(out.shape[0], *self.sizes(v.plates), *self.graph.links[name].base_shape).to(self.dtype)
+    def prior_mean(self, name: str, values: Mapping[str, Value], given: Mapping[str, Aligned] | None = None, *, alone: bool = False) -> Tensor:
+        """Unconstrained conditional prior mean per ground unit, `[K, *sizes, *base_shape]`; `given` and `alone` as in `log_prob`."""
+        v, given = self.graph.model.variables[name], given or {}
+        look: Callable[[str], Aligned] = partial(self.aligned, target=v.plates, values=values)
+        out = self.graph.prior_mean(v, {p: given.get(p) or (_first(look(p)) if alone else look(p)) for p in v.parents})
+        sizes = (1,) * len(v.plates) if alone else self.sizes(v.plates)
+        return out.expand(out.shape[0], *sizes, *self.graph.links[name].base_shape).to(self.dtype)
 
 
 def _first(aligned: Aligned) -> Aligned:

@@ -32,7 +32,7 @@ def plain(array: Array[Any]) -> bool:
         return False
     first, *rest = meta.codecs or (None,)
     order = getattr(first, "endian", None)
-    native = isinstance(first, BytesCodec) and (order is None or order.value == sys.byteorder)
+    native = isinstance(first, BytesCodec) and (order is None or getattr(order, "value", order) == sys.byteorder)
     return native and len(rest) <= 1 and all(isinstance(c, Crc32cCodec) for c in rest)
 
 
@@ -47,7 +47,7 @@ def read_plain(array: Array[Any], spans: Sequence[tuple[int, int]]) -> np.ndarra
         ValueError: A chunk is not as long as it should be, or not what was written.
         OSError: The disk fails.
     """
-    dtype, grid = np.dtype(array.dtype), array.chunks
+    dtype, grid = np.dtype(array.dtype).newbyteorder("="), array.chunks
     out = np.empty([stop - start for start, stop in spans], dtype)
     if not out.size:
         return out

@@ -4,8 +4,8 @@ Given the root, the law f of a block's latent is at each of its units, and separ
 
     v_f + s_f . d - d . H_f d / 2
 
-in the offsets d of what it touches from an anchor. One unit tells v, s and H by differentiation. Sites are independent normals. Elimination from fine to
-coarse (`gaussian.eliminate`) then takes a few operations on arrays `[K, n, C]`, where every unit's laws would be differentiated twice.
+in the offsets d of what it touches from the prior means. One unit tells v, s and H by differentiation. Sites are independent normals. Elimination from fine
+to coarse (`gaussian.eliminate`) then takes a few operations on arrays `[K, n, C]`, where every unit's laws would be differentiated twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component, Factor
 from pavi_scale.guide.gaussian import DIGITS, Pair, factorise
 from pavi_scale.guide.terms import Laws
+from pavi_scale.model.density import Aligned
 from pavi_scale.reduced import Reduced, Value
 
 Key = TypeVar("Key")
@@ -59,14 +60,7 @@ class Alike:
         }
         top = component.top(reduced.graph.model.plates)
         self.weight = {b: self._weight(p, () if top is None else top.plates) for b, p in plates.items()}
-        # About where the blocks' coordinates are, `[C]` each: far from it digits would cancel.
-        self.anchor: dict[str, Tensor] = {}
-        last = torch.zeros(component.shape(component.blocks[0])[0], dtype=reduced.dtype)
-        for b in reversed(plates):
-            last = self.anchor[b] = sites[b][0].mean(0) if b in sites else last
-        self.precision = {b: log_precision.exp() for b, (_, log_precision) in sites.items()}
-        self.pull = {b: self.precision[b] * (loc - self.anchor[b]) for b, (loc, _) in sites.items()}
-        self.constant = sum((-0.5 * ((self.pull[b] * (loc - self.anchor[b])).sum(1) * self.weight[b]).sum() for b, (loc, _) in sites.items()), torch.zeros(()))
+        self.sites = {b: (loc, log_precision.exp()) for b, (loc, log_precision) in sites.items()}
 
     def _count(self, fine: tuple[str, ...], coarse: tuple[str, ...]) -> Tensor:
         """Units on plates `fine` of each unit on plates `coarse`, `[n, 1]`; `[1, 1]` where all have as many."""
@@ -90,14 +84,18 @@ class Alike:
             given: Values of the root variables.
             particles: K.
         """
-        h: dict[Pair, Tensor] = {(b, b): k for b, k in self.precision.items()}
-        g = dict(self.pull)
-        total = self.constant + torch.zeros(particles, dtype=self.reduced.dtype)
+        total = torch.zeros(particles, dtype=self.reduced.dtype)
         laws = Laws(self.component, self.reduced, given, particles)
-        one = {b: a.expand(particles, 1, -1)[..., None] for b, a in self.anchor.items()}
+        one = self._start(laws, particles)
         numbers = [(self.owner[f.variable], *self._numbers(laws, f, one)) for f in self.component.factors]
         for own, value, _, _ in numbers:
             total = total + value * self.weight[own].sum()
+        h: dict[Pair, Tensor] = {}
+        g: dict[str, Tensor] = {}
+        for b, (loc, k) in self.sites.items():
+            away = loc - one[b][..., 0]
+            h[b, b], g[b] = k, k * away
+            total = total - 0.5 * ((g[b] * away).sum(2) * self.weight[b]).sum(1)
         # Small terms first: what is as large as the units is added to once.
         slopes, curves = _summed([(b, s * self.counts[own, b]) for own, _, slope, _ in numbers for b, s in slope.items()]), _summed(
             [(pair, c * self.counts[own, pair[0]]) for own, _, _, curve in numbers for pair, c in curve.items()]
@@ -107,17 +105,31 @@ class Alike:
         integral, lost = self._eliminate(h, g, particles)
         return torch.where(lost, -math.inf, total + integral)
 
+    def _start(self, laws: Laws, particles: int) -> dict[str, Tensor]:
+        """The prior means of one unit of each block, `[K, 1, C, 1]`, coarse to fine: far from where its laws put a unit their values lose all digits."""
+        one: dict[str, Tensor] = {}
+        theta: dict[str, Tensor] = {}
+        variables, links = self.reduced.graph.model.variables, self.reduced.graph.links
+        with torch.no_grad():
+            for block in self.component.blocks:
+                parts = {}
+                for name in block.latents:
+                    v = variables[name]
+                    above = {p: t.reshape(particles, *(1,) * len(v.plates), *links[p].event_shape) for p, t in theta.items() if p in v.parents}
+                    mean = self.reduced.prior_mean(name, laws.given, {p: Aligned(t, v.plates, True) for p, t in above.items()}, alone=True)
+                    parts[name] = mean.expand(particles, *mean.shape[1:]).reshape(particles, 1, *links[name].base_shape)
+                    theta[name] = links[name].forward(parts[name])
+                one[block.name] = laws.join(block, parts)
+        return one
+
     @staticmethod
     def _numbers(laws: Laws, factor: Factor, one: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
-        """v `[K]`, s and H `[K, 1, C]` of a law at the anchors."""
-        with torch.enable_grad():
-            value, few = laws._copies(factor, one, True, alone=True)
-            slope = torch.autograd.grad(value.sum(), list(few.values()), create_graph=True, materialize_grads=True)
-            curve = laws._columns(factor, few, slope, True)
-        return value[:, 0], {b: s[..., 0] for b, s in zip(few, slope, strict=True)}, {pair: c[..., 0, 0] for pair, c in curve.items()}
+        """v `[K]`, s and H `[K, 1, C]` of a law at these points."""
+        value, slope, curve = laws.one_unit(factor, one, differentiable=True)
+        return value[:, 0], {b: s[..., 0] for b, s in slope.items()}, {pair: c[..., 0, 0] for pair, c in curve.items()}
 
     def _eliminate(self, h: dict[Pair, Tensor], g: dict[str, Tensor], particles: int) -> tuple[Tensor, Tensor]:
-        """Log integral of exp(g d - d h d / 2) over all units, `[K]`; and whether a precision is rounding alone."""
+        """Log integral of exp(g d - d h d / 2) over all units, `[K]`, and whether a precision is rounding alone; must agree with `gaussian.eliminate`."""
         total, lost = torch.zeros(particles, dtype=self.reduced.dtype), torch.zeros(particles, dtype=torch.bool)
         whole = {b: h[b, b].detach() for b in g}
         for block in reversed(self.component.blocks):

@@ -385,8 +385,5 @@ def _offset(prior: Prior, top: np.ndarray) -> np.ndarray:
 
 def _quadratic(local: LocalModel, factor: Factor, zeros: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
     """Value, gradient and minus second derivatives of a law at zero, from its first unit."""
-    with torch.enable_grad():
-        value, few = local._copies(factor, zeros, False, alone=True)
-        slope = torch.autograd.grad(value.sum(), list(few.values()), create_graph=True, materialize_grads=True)
-        hess = local._columns(factor, few, slope, False)
-    return value.detach(), {n: s.detach() for n, s in zip(few, slope, strict=True)}, {pair: h.detach() for pair, h in hess.items()}
+    value, slope, hess = local.one_unit(factor, zeros, differentiable=False)
+    return value.detach(), {n: s.detach() for n, s in slope.items()}, {pair: h.detach() for pair, h in hess.items()}

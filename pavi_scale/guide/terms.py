@@ -152,8 +152,8 @@ class Laws:
         for name, latents in factor.touches:
             block = self.blocks[name]
             index = self.reduced.unit_index(v.plates, block.plates)
-            if alone:
-                index = torch.zeros(1, dtype=torch.int64, device=z[name].device) if index is None else index[:1]
+            if alone:  # of coordinates of one unit, that
+                index = torch.zeros(1, dtype=torch.int64, device=z[name].device) if index is None or z[name].shape[1] == 1 else index[:1]
             copy = z[name] if index is None else z[name].index_select(1, index)
             copy = copy if differentiable and copy.requires_grad else copy.detach().requires_grad_()
             if differentiable and copy is z[name]:
@@ -169,6 +169,21 @@ class Laws:
         found = self.reduced.log_prob(factor.variable, self.given, given, alone=alone)
         value = found.reshape(len(found), -1) + jacobian
         return value.expand(self.particles, -1), copies
+
+    def one_unit(
+        self, factor: Factor, z: Mapping[str, Tensor], *, differentiable: bool
+    ) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        """Value `[K, 1]`, gradients `[K, 1, C, e]` and minus second derivatives of one law at its first unit.
+
+        Args:
+            factor: The law.
+            z: Coordinates of all units of its blocks, or of one unit that stands for them.
+            differentiable: Whether the result keeps its graph to what was given.
+        """
+        with torch.enable_grad():
+            value, few = self._copies(factor, z, differentiable, alone=True)
+            slope = torch.autograd.grad(value.sum(), list(few.values()), create_graph=True, materialize_grads=True)
+            return value, dict(zip(few, slope, strict=True)), self._columns(factor, few, slope, differentiable)
 
     def products(self, factor: Factor, z: Mapping[str, Tensor], vector: Tensor | None) -> dict[Pair, Tensor]:
         """Hessian of one law times a vector of ones, or an event-wise vector `[C]`, per pair of blocks, `[K, n_f, C, e]`."""

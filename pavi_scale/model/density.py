@@ -292,7 +292,8 @@ def _over_units(
     as much as the law itself.
     """
     present = [a for a in inputs if a is not None]
-    sizes = {p: a.value.shape[int(a.particles) + i] for a in present for i, p in enumerate(a.axes)}
+    lengths = [(p, a.value.shape[int(a.particles) + i]) for a in present for i, p in enumerate(a.axes)]
+    sizes = {p: 0 if any(n == 0 for q, n in lengths if q == p) else max(n for q, n in lengths if q == p) for p, _ in lengths}
     lead = max((len(a.value) for a in present if a.particles), default=1)
     if 0 in sizes.values():  # a county without houses: vmap cannot run over no units, and there is nothing to compute
         tie = sum((0.0 * a.value.sum() for a in present if a.value.requires_grad), present[0].value.new_zeros(()))

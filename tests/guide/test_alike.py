@@ -5,7 +5,8 @@ import pytest
 import torch
 import xarray as xr
 from scipy.stats import multivariate_normal
-from torch.distributions import HalfNormal, Normal
+from torch.distributions import HalfNormal, LogNormal, Normal
+from torch.distributions.constraints import positive
 
 import pavi_scale as ps
 from pavi_scale import study
@@ -15,6 +16,7 @@ from pavi_scale.guide.alike import Alike, alike
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import weights
 from pavi_scale.guide.local import fit_core
+from pavi_scale.settings import precision
 from pavi_scale.sites import Sites
 from pavi_scale.upper import Upper
 
@@ -24,7 +26,7 @@ SCHOOLS, EVENTS = 7, 3
 def upper(monkeypatch, balanced, wide=False):
     """Events of classes, which have rows, in schools about a common mean; `wide`: laws that differ between schools."""
     rng = np.random.default_rng(3)
-    school = np.repeat(np.arange(SCHOOLS), 4) if balanced else np.sort(np.concatenate([np.arange(SCHOOLS), rng.integers(0, SCHOOLS, 15)]))
+    school = np.repeat(np.arange(SCHOOLS), 4) if balanced else rng.permutation(np.concatenate([np.arange(SCHOOLS), rng.integers(0, SCHOOLS, 15)]))
     pupil = np.repeat(np.arange(len(school)), 2)
     spread = {"spread": ps.covariate(plates="school")} if wide else {}
     law = (lambda mu, tau, spread: Normal(mu, tau * spread)) if wide else (lambda mu, tau: Normal(1.5 * mu + 0.2, tau))
@@ -45,10 +47,10 @@ def upper(monkeypatch, balanced, wide=False):
     made = study.prepare(open_cohort(data, model), seed=0)
     found = Upper(StudyComputation(made.graph, made.cohort, made.settings), np.ones(7))
     loc = {"class": rng.normal(size=(len(school), EVENTS))}
-    precision = {b: np.exp(rng.normal(size=x.shape)) for b, x in loc.items()}
+    precise = {b: np.exp(rng.normal(size=x.shape)) for b, x in loc.items()}
     root = np.array([0.3, 1.2, -0.4, 0.1, -0.3, 0.4, -0.2])
     curve = rng.normal(size=(7, 7))
-    return found, Sites(loc, precision, root - 0.1, rng.normal(size=7), curve @ curve.T), school, root
+    return found, Sites(loc, precise, root - 0.1, rng.normal(size=7), curve @ curve.T), school, root
 
 
 def dense(found, sites, school, root):
@@ -88,6 +90,60 @@ def test_value_and_gradient_are_those_of_the_general_elimination(monkeypatch, ba
     np.testing.assert_allclose(value, general.detach().numpy(), rtol=1e-11)
     np.testing.assert_allclose(gradient, slope.numpy(), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(found.value(sites, points), value, rtol=1e-13)
+
+
+def steep(monkeypatch, slope, coarse):
+    """Classes in schools in districts: a school's mean is a steep function of its district's, so that no two levels are on the same scale."""
+    rng = np.random.default_rng(5)
+    district, school = np.array([2, 0, 1, 1, 2, 0, 2]), rng.permutation(np.repeat(np.arange(7), 3))
+    model = ps.Model(
+        ps.Plate("district"), ps.Plate("school", within="district"), ps.Plate("class", within="school"), ps.Plate("pupil", within="class"),
+        t=ps.latent(lambda: HalfNormal(1.0)),
+        g=ps.latent(lambda: coarse, plates="district"),
+        theta=ps.latent(lambda g, t: Normal(slope * (g.log() if coarse.support is positive else g), t), plates="school"),
+        phi=ps.latent(lambda theta, t: Normal(theta, t), plates="class"),
+        y=ps.observed(lambda phi: Normal(phi, 1.0), plates="pupil"),
+    )
+    data = xr.Dataset({
+        "y": ("pupil", rng.normal(size=21)), "of": ("pupil", np.arange(21), {"instance_dimension": "class"}),
+        "in": ("class", school, {"instance_dimension": "school"}), "at": ("school", district, {"instance_dimension": "district"}),
+    })
+    monkeypatch.setattr(study, "choose_free", lambda *_, **__: frozenset({frozenset({"class"})}))
+    made = study.prepare(open_cohort(data, model), seed=0)
+    found = Upper(StudyComputation(made.graph, made.cohort, made.settings), np.ones(1))
+    assert all(alike(c, found.reduced) for c in found.components)
+    level = slope * (float(coarse.loc) if coarse.support is not positive else 0.3)
+    loc, precise = rng.normal(level, 1.0, (21, 1)), np.exp(rng.normal(size=(21, 1)))
+    return found, Sites({"class": loc}, {"class": precise}, np.zeros(1), np.zeros(1), np.zeros((1, 1))), district[school], school
+
+
+@pytest.mark.parametrize("log_t", [0.0, -3.0, -7.0])
+@pytest.mark.parametrize("slope", [1.0, 100.0, 1000.0])
+def test_levels_of_different_scales_lose_no_digits(monkeypatch, slope, log_t):
+    found, sites, district, school = steep(monkeypatch, slope, Normal(10.0, 1.3))
+    under, above = np.eye(7)[school], np.eye(3)[district]
+    precise = sites.precision["class"][:, 0]
+
+    def exact(log_t):
+        covariance = (1.3 * slope) ** 2 * above @ above.T + np.exp(2 * log_t) * (under @ under.T + np.eye(21)) + np.diag(1 / precise)
+        own = multivariate_normal(np.full(21, 10.0 * slope), covariance).logpdf(sites.loc["class"][:, 0]) + 0.5 * np.log(2 * np.pi / precise).sum()
+        return own + float(found.space.log_prior(torch.tensor([[log_t]])))
+
+    value, gradient = found.bound(sites, np.array([[log_t]]))
+    assert value[0] == pytest.approx(exact(log_t), abs=1e-4)
+    assert gradient[0, 0] == pytest.approx((exact(log_t + 1e-4) - exact(log_t - 1e-4)) / 2e-4, rel=1e-3, abs=1e-3)
+
+
+def test_coarse_blocks_on_another_support_are_those_of_the_general_elimination(monkeypatch):
+    found, sites, *_ = steep(monkeypatch, 100.0, LogNormal(0.3, 0.7))
+    for log_t in (0.0, -3.0):
+        value, gradient = found.bound(sites, np.array([[log_t]]))
+        z = torch.tensor([[log_t]], dtype=torch.float64, requires_grad=True)
+        with precision(torch.float64):
+            general, _ = found.cores(sites, z, found.reduced)
+        (slope,) = torch.autograd.grad(general.sum(), z)
+        assert value[0] == pytest.approx(float(general.detach()), abs=1e-6)
+        assert gradient[0, 0] == pytest.approx(float(slope), rel=1e-6)
 
 
 def test_new_sites_are_looked_at_anew(monkeypatch):
