@@ -97,9 +97,8 @@ class Alike:
             h[b, b], g[b] = k, k * away
             total = total - 0.5 * ((g[b] * away).sum(2) * self.weight[b]).sum(1)
         # Small terms first: what is as large as the units is added to once.
-        slopes, curves = _summed([(b, s * self.counts[own, b]) for own, _, slope, _ in numbers for b, s in slope.items()]), _summed(
-            [(pair, c * self.counts[own, pair[0]]) for own, _, _, curve in numbers for pair, c in curve.items()]
-        )
+        slopes = _summed([(b, s * self.counts[own, b]) for own, _, slope, _ in numbers for b, s in slope.items()])
+        curves = _summed([(pair, c * self.counts[own, pair[0]]) for own, _, _, curve in numbers for pair, c in curve.items()])
         g = {b: s + g[b] if b in g else s for b, s in slopes.items()}
         h = {pair: c + h[pair] if pair in h else c for pair, c in curves.items()}
         integral, lost = self._eliminate(h, g, particles)

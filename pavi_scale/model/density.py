@@ -20,7 +20,7 @@ from torch.distributions.constraints import Constraint
 from pavi_scale.errors import ModelError
 from pavi_scale.links import Link, make_link
 from pavi_scale.model.promote import Promote
-from pavi_scale.model.simulate.batched import expanded, unvalidated
+from pavi_scale.model.simulate.batched import LAW_ERRORS, expanded, unvalidated
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Selection, ancestors
 
@@ -128,7 +128,9 @@ class Graph:
         two = {n: Aligned(torch.stack([t, t]), (), True) for n, t in {v.name: x.to(torch.float64), **{p: values[p] for p in v.parents}}.items()}
         try:
             self.log_prob(v, two.pop(v.name), two)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except LAW_ERRORS as error:
+            if "dtype" in str(error) and not self.promote:
+                raise  # promotion is tried next
             raise ModelError(
                 "law cannot be computed on many ground units at once", where=f"law of {v.name!r}", expected="torch operations on its parents",
                 got=" ".join(str(error).split())[:200], remedy="no float(), .item(), NumPy or branch on a parent's value: torch.where in place of if",
@@ -155,7 +157,7 @@ class Graph:
             raise ModelError("variable has no law", where=where)
         try:
             law = v.law(**{p: values[p] for p in v.parents})
-        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except LAW_ERRORS as error:
             shapes = {p: tuple(values[p].shape) for p in v.parents}
             raise ModelError(
                 "law fails on one ground unit",

@@ -1,5 +1,7 @@
 """Vectorised laws against loops over ground units, and values carried between plates."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -238,6 +240,9 @@ def test_each_unit_receives_its_own_parents_value(own, target, particles):
         (lambda t: t.nothing, "law fails on one ground unit"),
         (lambda t: Normal(t, -1.0), "law fails on one ground unit"),
         (lambda t: Normal(torch.ones(3) * float(t), 1.0), "cannot be computed on many ground units at once"),
+        (lambda t: Normal(torch.ones(3) * math.exp(t), 1.0), "cannot be computed on many ground units at once"),
+        (lambda t: Normal(torch.ones(3) * t.tolist(), 1.0), "cannot be computed on many ground units at once"),
+        (lambda t: Normal(torch.from_numpy(np.ones(3) * np.abs(t.numpy())), 1.0), "cannot be computed on many ground units at once"),
         (lambda t: Normal(torch.ones(3) * (t if t > 0 else -t), 1.0), "cannot be computed on many ground units at once"),
     ],
 )
