@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import logsumexp
-from scipy.stats import norm, qmc
+from scipy.special import logsumexp, ndtri
 
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.root import StudentT
+from pavi_scale.noise import quasi_random
 from pavi_scale.psis import smooth
 from pavi_scale.rng import stream
 
@@ -241,8 +241,8 @@ def refit(
     counts: list[int] = []
     while True:
         block = len(proposals)
-        uniforms = qmc.Sobol(r + 1, seed=stream(seed, "refit", block) % 2**32).random_base2(math.ceil(math.log2(per_round)))[:per_round].clip(1e-9, 1 - 1e-9)
-        fresh = proposals[-1].sample(norm.ppf(uniforms[:, :r]), uniforms[:, r])
+        uniforms = quasi_random(stream(seed, "refit", block), per_round, r + 1)
+        fresh = proposals[-1].sample(ndtri(uniforms[:, :r]), uniforms[:, r])
         value, _ = bound(fresh, False)
         points, values = np.concatenate([points, fresh]), np.concatenate([values, np.where(np.isfinite(value), value, -np.inf)])
         counts.append(len(fresh))

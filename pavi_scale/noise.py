@@ -1,11 +1,14 @@
-"""Standard normals for the local blocks of a round."""
+"""Standard normals for the local blocks of a round, and even points for the root."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 from pavi_scale.guide.blocks import Block
 from pavi_scale.rng import stream
@@ -24,3 +27,15 @@ def shared_noise(seed: int, dtype: torch.dtype) -> Any:
         return torch.randn(shape, generator=generator, dtype=dtype)
 
     return noise
+
+
+def quasi_random(key: int, count: int, dim: int) -> np.ndarray:
+    """The first `count` points of a scrambled Sobol sequence (Owen 1998), `[count, dim]` in (0, 1), float64.
+
+    Example:
+        >>> points = quasi_random(0, 64, 2)
+        >>> [int(n) for n in np.histogram(points[:, 1], 4, (0, 1))[0]]
+        [16, 16, 16, 16]
+    """
+    points = SobolEngine(max(dim, 1), scramble=True, seed=key % 2**63).draw_base2(max(1, math.ceil(math.log2(count))), dtype=torch.float64)  # type: ignore[no-untyped-call]
+    return np.asarray(points.numpy()[:count, :dim].clip(1e-9, 1 - 1e-9))

@@ -17,7 +17,7 @@ from pavi_scale.plates import Layout
 PROCESS_BYTES = 520 << 20  # a Python process with torch, zarr and xarray loaded: measured resident set, rounded up
 TEMPORARIES = 24  # arrays of the size of one chunk's values that a second-order expansion holds at its peak; measured by tests/test_memory.py
 LABELLED_VALUES, LABELLED_LABELS = 2, 5  # the same where units are settled by sweeps: arrays of an observation's values, and of its labels
-SWEPT_CHUNK = 1 << 22  # units x particles of one chunk there
+SWEPT_CHUNK = 1 << 20  # units x particles of one chunk there: larger ones only take memory that the system must hand out anew
 SITE_ARRAYS = 40  # sites, centres, widths; score and curvature from each of up to 16 tasks of a round
 ROOT_PASSES = 12  # full-data rounds of the finish, typically
 

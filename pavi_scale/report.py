@@ -7,17 +7,20 @@ import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from pavi_scale.calibration.predictive import Predictive, predictive_check
 from pavi_scale.calibration.truth import Calibration, calibrate
 from pavi_scale.durable import disk_errors
+from pavi_scale.pictures import new_figure
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.summary import summary_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LIMIT = 0.7  # Pareto k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
 _STYLE = (
@@ -72,7 +75,7 @@ def plot_trace(posterior: Posterior) -> Figure:
     bound = np.asarray(trace["elbo"].values)
     stage = [str(s) for s in trace["stage"].values.tolist()] if "stage" in trace else ["fit"] * len(bound)
     names = list(dict.fromkeys(stage))
-    figure = Figure(figsize=(max(4.5, 3.2 * len(names)), 3), layout="constrained")
+    figure = new_figure(max(4.5, 3.2 * len(names)), 3)
     for name, axes in zip(names, np.ravel(figure.subplots(1, max(1, len(names)))), strict=True):
         steps = np.array([i for i, s in enumerate(stage) if s == name and np.isfinite(bound[i])], dtype=int)
         values = bound[steps]
@@ -89,7 +92,7 @@ def plot_trace(posterior: Posterior) -> Figure:
 
 def plot_calibration(calibration: Calibration, figure: Figure | None = None) -> Figure:
     """Share of true values inside central intervals, against the intervals' probability: on the diagonal if calibrated."""
-    figure = figure or Figure(figsize=(4.5, 4.5), layout="constrained")
+    figure = figure or new_figure(4.5, 4.5)
     axes = figure.subplots()
     levels = np.linspace(0.0, 1.0, 101)
     axes.plot([0, 1], [0, 1], color="0.6", lw=1)
@@ -107,7 +110,7 @@ def plot_predictive(checks: Mapping[str, Predictive], figure: Figure | None = No
     """Distribution of the observed values over those of replicates, a panel for each observed variable."""
     columns = min(3, len(checks))
     rows = -(-len(checks) // columns)
-    figure = figure or Figure(figsize=(max(4.5, 3.2 * columns), 3 * rows), layout="constrained")
+    figure = figure or new_figure(max(4.5, 3.2 * columns), 3 * rows)
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
     for (name, check), axes in zip(checks.items(), panels, strict=False):
         share = (np.arange(check.observed.size) + 1) / check.observed.size

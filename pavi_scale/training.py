@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm, qmc
+from scipy.special import ndtri
 
 from pavi_scale.batching import batches, shards, splittable
 from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
@@ -26,6 +26,7 @@ from pavi_scale.guide.blocks import coordinates, dense_rest
 from pavi_scale.guide.root import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
+from pavi_scale.noise import quasi_random
 from pavi_scale.nonfinite import Skips, shards_without, where_from
 from pavi_scale.numbering import exchangeable, one_numbering, renumbered
 from pavi_scale.optimizers import Adam
@@ -273,8 +274,7 @@ class Trainer:
         return max(total, 1e-5)
 
     def _normals(self, name: str, count: int, dim: int) -> np.ndarray:
-        sobol = qmc.Sobol(max(dim, 1), seed=stream(self.seed, name) % 2**32).random_base2(max(1, math.ceil(math.log2(count))))[:count, :dim]
-        return np.asarray(norm.ppf(sobol.clip(1e-9, 1 - 1e-9)))
+        return np.asarray(ndtri(quasi_random(stream(self.seed, name), count, dim)))
 
     def _check(self, gaussian: StudentT) -> float:
         """Standard deviation of log p - log q over draws of a normal q(root): what its importance weights would vary by."""

@@ -7,16 +7,19 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
-from matplotlib.figure import Figure
 
 from pavi_scale.calibration.uniformity import Bands, holm, uniform_pvalues, wilson
 from pavi_scale.durable import disk_errors, replace_bytes, seal, unseal
 from pavi_scale.errors import InputError, RunError
+from pavi_scale.pictures import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = "pavi-scale-sbc"
 VERSION = 1
@@ -105,7 +108,7 @@ class SBC:
         names = self.latents
         columns = min(4, len(names))
         rows = -(-len(names) // columns)
-        figure = figure or Figure(figsize=(3 * columns, 2.4 * rows), layout="constrained")
+        figure = figure or new_figure(3 * columns, 2.4 * rows)
         panels = np.ravel(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
         bands, pvalues = self._bands, self.pvalues.to_numpy()
         # The band of one quantity at Bonferroni's level, so that any line leaving it is told.

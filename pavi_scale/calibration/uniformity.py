@@ -15,8 +15,7 @@ from functools import cached_property
 from math import sqrt
 
 import numpy as np
-from scipy.special import gammaln
-from scipy.stats import binom, chi2, norm
+from scipy.special import bdtr, bdtrc, chdtr, chdtrc, gammaln, ndtri
 
 CUTS = 64
 
@@ -45,7 +44,7 @@ class Bands:
     def _tails(self) -> np.ndarray:
         """2 min(P(X <= x), P(X >= x)) for every cut and count, `[K, N + 1]`."""
         x, share = np.arange(self.ranks + 1), self.cuts[:, None] / self.values
-        return 2 * np.minimum(binom.cdf(x, self.ranks, share), binom.sf(x - 1, self.ranks, share))
+        return 2 * np.minimum(bdtr(x, self.ranks, share), np.where(x > 0, bdtrc(np.maximum(x - 1, 0), self.ranks, share), 1.0))
 
     def counts(self, ranks: np.ndarray) -> np.ndarray:
         """How many of each series' ranks `[N, S]` lie below each cut, `[K, S]`."""
@@ -97,10 +96,10 @@ def spread_pvalues(ranks: np.ndarray, values: int) -> np.ndarray:
 
     X^2 = sum of squared normal scores of the ranks (Cook, Gelman and Rubin 2006), referred to the scaled chi-squared law of its mean and variance.
     """
-    score = norm.ppf((np.arange(values) + 0.5) / values) ** 2
+    score = ndtri((np.arange(values) + 0.5) / values) ** 2
     scale, freedom = score.var() / (2 * score.mean()), 2 * len(ranks) * score.mean() ** 2 / score.var()
     found = score[ranks].sum(0) / scale
-    return 2 * np.minimum(chi2.cdf(found, freedom), chi2.sf(found, freedom))
+    return 2 * np.minimum(chdtr(freedom, found), chdtrc(freedom, found))
 
 
 def uniform_pvalues(ranks: np.ndarray, values: int) -> np.ndarray:
@@ -124,7 +123,7 @@ def holm(pvalues: np.ndarray) -> np.ndarray:
 
 def wilson(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
     """Confidence interval of a probability, from a share of `count` trials (Wilson 1927)."""
-    z = float(norm.ppf(0.5 + level / 2))
+    z = float(ndtri(0.5 + level / 2))
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return middle - half, middle + half

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from pavi_scale.model.density import Graph
@@ -105,4 +105,4 @@ class StudentT:
 
 
 def _chi2_quantile(p: np.ndarray, df: float) -> np.ndarray:
-    return np.asarray(chi2.ppf(p, df))
+    return np.asarray(2 * gammaincinv(0.5 * df, p))

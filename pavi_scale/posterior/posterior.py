@@ -14,6 +14,7 @@ import xarray as xr
 
 from pavi_scale.errors import InputError, RunError
 from pavi_scale.memory import format_bytes, parse_bytes
+from pavi_scale.pictures import new_figure
 from pavi_scale.posterior.groups import all_groups, stored_group
 from pavi_scale.posterior.predictive import Replicates
 from pavi_scale.posterior.reducing import Summary, exceedances, in_memory, in_store, piece_lengths, quantiles, reduce_draws
@@ -231,7 +232,7 @@ class Posterior:
         if "elbo" not in trace:
             raise RunError("the run stores no ELBO trace", where=self.run, expected="variable 'elbo' in group 'fit'", got=sorted(map(str, trace.data_vars)))
         elbo = trace["elbo"]
-        figure = figure or importlib.import_module("matplotlib.figure").Figure(figsize=(6, 3), layout="constrained")
+        figure = figure or new_figure(6, 3)
         axes = figure.subplots()
         steps = trace[elbo.dims[0]].values
         axes.plot(steps, elbo.values, color="C0")

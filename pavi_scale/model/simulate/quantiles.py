@@ -5,10 +5,11 @@ x = F^{-1}(u), coordinate by coordinate; mixtures choose their component by a un
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
-from scipy import special, stats
+from scipy import special
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
@@ -39,11 +40,16 @@ def _scipy(function: Callable[..., object], *arguments: Tensor) -> Tensor:
     return torch.as_tensor(function(*(a.double().numpy() for a in arguments)), dtype=torch.float64)
 
 
+def _counts(name: str, *arguments: Tensor) -> Tensor:
+    # scipy.stats takes most of a second to import, which only laws of counts need.
+    return _scipy(getattr(importlib.import_module("scipy.stats"), name).ppf, *arguments)
+
+
 _QUANTILES: dict[type[Distribution], Callable[..., Tensor]] = {
     Bernoulli: lambda law, u: (u > 1 - law.probs).double(),
-    Poisson: lambda law, u: _scipy(stats.poisson.ppf, u, law.rate),
-    Binomial: lambda law, u: _scipy(stats.binom.ppf, u, law.total_count, law.probs),
-    NegativeBinomial: lambda law, u: _scipy(stats.nbinom.ppf, u, law.total_count, 1 - law.probs),
+    Poisson: lambda law, u: _counts("poisson", u, law.rate),
+    Binomial: lambda law, u: _counts("binom", u, law.total_count, law.probs),
+    NegativeBinomial: lambda law, u: _counts("nbinom", u, law.total_count, 1 - law.probs),
     Geometric: lambda law, u: torch.floor(torch.log1p(-u) / torch.log1p(-law.probs)),
     Gamma: lambda law, u: _scipy(special.gammaincinv, law.concentration, u) / law.rate,
     Beta: lambda law, u: _scipy(special.betaincinv, law.concentration1, law.concentration0, u),
