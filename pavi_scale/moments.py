@@ -86,7 +86,7 @@ class Moments:
         self.second: dict[str, Tensor] = {}
         self.shift: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
-        self.held: dict[str, np.ndarray] = {}  # coarse block of a labelled component -> what its draws need (`Labels.draw`)
+        self.held: dict[str, np.ndarray] = {}  # coarse block of a labelled component -> what its draws need (`Parents.of`)
 
     def add(self, root: Mapping[str, Value], particles: int, only: Collection[str] | None = None) -> None:
         """Account for K root points, for the components named `only` (an earlier one that they need must be among them), by default for all."""

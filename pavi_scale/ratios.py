@@ -14,6 +14,7 @@ from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.labels import Labels, labelled
 from pavi_scale.guide.local import candidates, draw, fit_core
 from pavi_scale.guide.mode import Noise
+from pavi_scale.guide.parents import Parents
 from pavi_scale.reduced import Reduced, Value
 
 
@@ -30,7 +31,7 @@ def local_ratios(
         reduced: The reduced model.
         root: One root point.
         weights: Sites and corrections of its units.
-        held: Coarse block of a labelled component -> what the draws of its leaves need (`Labels.draw`).
+        held: Coarse block of a labelled component -> what the draws of its leaves need (`Parents.of`).
         noise: Standard normals, other ones at each call.
         samples: Draws per unit.
         wanted: Finest blocks of the components that are asked for; the others are only drawn.
@@ -41,10 +42,10 @@ def local_ratios(
             local, coarse, leaf = LocalModel(component, reduced, values, weights.sites, 1), component.blocks[0].name, component.blocks[-1].name
             data = labelled(component, guide.graph) if coarse in held else None
             if data is not None:
-                labels = Labels(local, data)
-                values.update(local.values(labels.draw(held[coarse], noise)))
+                labels, parents = Labels(local, data), Parents.of(held[coarse])
+                values.update(local.values(labels.draw(parents, noise)))
                 if leaf in wanted:
-                    out[leaf] = labels.ratios(held[coarse], noise, samples)
+                    out[leaf] = labels.ratios(parents, noise, samples)
                 continue
             core = fit_core(local, differentiable=False)
             values.update(draw(core, noise, corrections).values)

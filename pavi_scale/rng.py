@@ -1,19 +1,19 @@
 """Counter-based random numbers: a draw is a pure function of (seed, variable, ground index, draw).
 
 The same number comes back whatever slice, shard or worker asks for it. Bits come from two rounds of the
-SplitMix64 finaliser (Steele, Lea, Flood 2014) over the mixed key; normals from the inverse normal distribution function.
+SplitMix64 finaliser (Steele, Lea, Flood 2014) over the mixed key; normals from the normal quantile function (`quantile`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
 
-BLOCK = 1 << 15  # numbers made at once: they stay in the processor's cache
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from pavi_scale.quantile import GOLDEN, LAST, normals
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -47,32 +47,44 @@ def uniform(key: int, *counters: np.ndarray) -> np.ndarray:
         True
     """
     shape = np.broadcast_shapes(*(np.shape(c) for c in counters))
-    state = np.full((1,) * max(1, len(shape)), np.uint64(key), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for counter in counters:  # each broadcasts the state no further than it must
-            state = _mix(state + _GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
-        state += _GOLDEN
-        state = _mix(state)
+        state = _mix(_state(key, counters) + GOLDEN)
     state >>= np.uint64(11)
     out = state.astype(np.float64)
     out += 0.5
     out *= 2.0**-53
+    np.minimum(out, LAST, out=out)  # half of the largest integer's last place rounds to one
     return out.reshape(shape)
 
 
-def normal(key: int, *counters: np.ndarray) -> np.ndarray:
-    """Standard normal numbers, float64, one per broadcast position of the integer counters."""
+def normal(key: int, *counters: np.ndarray, dtype: type[np.floating[Any]] = np.float64) -> np.ndarray:
+    """Standard normal numbers, one per broadcast position of the integer counters: the quantiles of `uniform`, rounded to `dtype`."""
     shape = np.broadcast_shapes(*(np.shape(c) for c in counters))
-    if not shape:
-        return ndtri(uniform(key, *counters))
-    out = np.empty(shape)
-    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        part = slice(start, start + rows)
-        ndtri(uniform(key, *(_rows(np.asarray(c), len(shape), part) for c in counters)), out=out[part])
-    return out
+    *earlier, last = (np.asarray(c).reshape((1,) * (len(shape) - np.ndim(c)) + np.shape(c)) for c in counters)
+    # Leading axes of the earlier counters times trailing ones of the last: their sums are made as they are used.
+    axis = next((i for i, size in enumerate(last.shape) if size > 1), len(shape))
+    step = _step(last)
+    with np.errstate(over="ignore"):
+        state = _state(key, earlier)
+        if any(size > 1 for c in earlier for size in c.shape[axis:]):
+            state, step, axis = state + step, np.zeros(1, np.uint64), len(shape)
+    rows = np.broadcast_to(state.reshape(state.shape[:axis]), shape[:axis]).reshape(-1)
+    out = np.empty(math.prod(shape), dtype)
+    normals(np.ascontiguousarray(rows), step.reshape(-1), out)
+    return out.reshape(shape)
 
 
-def _rows(counter: np.ndarray, axes: int, part: slice) -> np.ndarray:
-    """Those of a counter that belong to a part of the first axis it is broadcast to."""
-    return counter[part] if counter.ndim == axes and len(counter) > 1 else counter
+def _step(counter: np.ndarray) -> np.ndarray:
+    """What a counter adds to the state."""
+    with np.errstate(over="ignore"):
+        return np.asarray(GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
+
+
+def _state(key: int, counters: Sequence[np.ndarray]) -> np.ndarray:
+    """The key mixed with the counters, uint64, of their broadcast shape (with one axis at least)."""
+    axes = max([1, *(np.ndim(c) for c in counters)])
+    state = np.full((1,) * axes, np.uint64(key), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for counter in counters:  # each broadcasts the state no further than it must
+            state = _mix(state + _step(counter))
+    return state

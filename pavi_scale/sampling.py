@@ -22,8 +22,9 @@ from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.elbo import correctors, log_root
 from pavi_scale.guide.blocks import Block, Component, lies_below
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.labels import Labels, labelled
+from pavi_scale.guide.labels import Labels, Prior, labelled
 from pavi_scale.guide.local import candidates, draw, fit_core, resample
+from pavi_scale.guide.parents import Parents
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
 from pavi_scale.settings import precision
@@ -51,7 +52,9 @@ def inputs(computation: StudyComputation, components: Sequence[Component]) -> li
 
 STRATA = 1000
 FIRST = 4  # draws of a labelled component before threads share the rest
-AT_ONCE = 1 << 22  # values of the data, times draws, of a labelled component's units
+AT_ONCE = 1 << 21  # values of the data, times draws, of a labelled component's units: what is computed of them stays in the processor's cache
+TOGETHER = 1 << 17  # coordinates of the other components, times draws, where threads share the draws
+MOST = 125  # draws at once there
 
 
 @dataclass
@@ -105,34 +108,49 @@ class GuideSampler:
             weights = study.weights(self.state, reduced)
             corrections = correctors(weights, reduced)
         size = max(1, study.per_chunk(reduced) // max(1, study.draws_per_unit(self.state)))
+        few = size
         if held:
-            values_read = (math.prod((*reduced.sizes(v.plates), *study.graph.shape(v))) for v in model.of_kind("observed"))
-            size = max(1, min(size, AT_ONCE // max(1, sum(values_read))))
-
+            values_read = sum(math.prod((*reduced.sizes(v.plates), *study.graph.shape(v))) for v in model.of_kind("observed"))
+            others = sum(reduced.count(b.plates) * b.dim for c in components if c.name not in held for b in c.blocks)
+            few = max(1, min(size, AT_ONCE // max(1, values_read)))
+            size = max(few, min(size, MOST, TOGETHER // max(1, others)))
+        parents = {c.name: Parents.of(self.state[held[c.name]][flat_positions(study.layout, selection, c.blocks[0])]) for c in components if c.name in held}
+        priors: dict[str, list[Prior]] = {}
         out: dict[str, np.ndarray] = {}
+
+        def follow(components: Sequence[Component], values: dict[str, Value], start: int, part: np.ndarray) -> None:
+            """Draw the components in order and put what was asked for in its place; from the first labelled one on, few draws at once."""
+            noise = self._noise(selection, part)
+            for number, component in enumerate(components):
+                if component.name in held and len(part) > few:
+                    for at in range(0, len(part), few):
+                        cut = slice(at, at + few)
+                        some = {n: Value(v.theta[cut] if len(v.theta) == len(part) else v.theta, v.plates) for n, v in values.items()}
+                        follow(components[number:], some, start + at, part[cut])
+                    return
+                local = LocalModel(component, reduced, values, weights.sites, len(part))
+                if component.name in held:
+                    labels = Labels(local, str(labelled(component, study.graph)), priors.get(component.name))
+                    if labels.constant:
+                        priors[component.name] = labels.priors[:1]
+                    values.update(local.values(labels.draw(parents[component.name], noise)))
+                    continue
+                core = fit_core(local, differentiable=False)
+                if component.resampled:
+                    tried = candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections)
+                    values.update(resample(core, tried, self._uniforms(selection, component, part)))
+                else:
+                    values.update(draw(core, noise, corrections).values)
+            for n in names:
+                found = self._pick(values[n], model.variables[n].plates, selection, asked)
+                if start == 0:
+                    out[n] = np.empty((len(draws), *found.shape[1:]), found.dtype)
+                out[n][start : start + len(part)] = found
 
         def some(start: int, size: int = size) -> None:
             part = draws[start : start + size]
             with precision(study.dtype), torch.no_grad():
-                values: dict[str, Value] = dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype)))
-                noise = self._noise(selection, part)
-                for component in components:
-                    local = LocalModel(component, reduced, values, weights.sites, len(part))
-                    if component.name in held:
-                        table = self.state[held[component.name]][flat_positions(study.layout, selection, component.blocks[0])]
-                        values.update(local.values(Labels(local, str(labelled(component, study.graph))).draw(table, noise)))
-                        continue
-                    core = fit_core(local, differentiable=False)
-                    if component.resampled:
-                        tried = candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections)
-                        values.update(resample(core, tried, self._uniforms(selection, component, part)))
-                    else:
-                        values.update(draw(core, noise, corrections).values)
-                for n in names:
-                    found = self._pick(values[n], model.variables[n].plates, selection, asked)
-                    if start == 0:
-                        out[n] = np.empty((len(draws), *found.shape[1:]), found.dtype)
-                    out[n][start : start + size] = found
+                follow(components, dict(study.space.values(torch.tensor(self.root_points(part), dtype=study.dtype))), start, part)
 
         first = min(FIRST, size) if held else size
         some(0, first)  # reads the data
@@ -169,8 +187,9 @@ class GuideSampler:
             units = flat_positions(study.layout, selection, block)
             key = rng.stream(self.base, "draw", self.seed, block.name)
             many = np.arange(shape[0] // len(draws))  # candidates of each draw
-            grid = rng.normal(key, draws[:, None, None, None], many[None, :, None, None], units[None, None, :, None], np.arange(shape[2] * shape[3]))
-            return torch.from_numpy(grid.reshape(shape)).to(study.dtype)
+            counters = draws[:, None, None, None], many[None, :, None, None], units[None, None, :, None], np.arange(shape[2] * shape[3])
+            grid = rng.normal(key, *counters, dtype=np.float32 if study.dtype == torch.float32 else np.float64)
+            return torch.from_numpy(grid.reshape(shape))
 
         return noise
 

@@ -113,13 +113,11 @@ class Component:
         """(C, e): independent copies of a unit's coordinates, and coordinates in each."""
         return (block.sizes[0], len(block.sizes)) if self.elementwise else (1, block.dim)
 
-    def columns(self, block: Block, latent: str) -> list[int]:
+    def columns(self, block: Block, latent: str) -> range:
         """Positions on the e axis of a latent's coordinates."""
         i = block.latents.index(latent)
-        if self.elementwise:
-            return [i]
-        start = sum(block.sizes[:i])
-        return list(range(start, start + block.sizes[i]))
+        start = i if self.elementwise else sum(block.sizes[:i])
+        return range(start, start + (1 if self.elementwise else block.sizes[i]))
 
     def top(self, plates: Mapping[str, Plate]) -> Block | None:
         """The block that every other lies below, if there is one."""

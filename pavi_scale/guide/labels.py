@@ -28,6 +28,7 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Pair, factorise
 from pavi_scale.guide.mixing import Mixing
 from pavi_scale.guide.mode import Noise
+from pavi_scale.guide.parents import Parents, descend
 from pavi_scale.guide.sweeps import LANES, scatter, sweep
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Value
@@ -88,9 +89,10 @@ class Labels:
     Args:
         local: The component given root and earlier components.
         data: The observed mixture (`labelled`).
+        priors: Where the priors are the same at all root points (`constant`), that of one.
     """
 
-    def __init__(self, local: LocalModel, data: str) -> None:
+    def __init__(self, local: LocalModel, data: str, priors: Sequence[Prior] | None = None) -> None:
         self.local, self.data, self.particles = local, data, local.particles
         *tops, self.leaf = local.component.blocks
         self.parent = tops[0] if tops else None
@@ -101,7 +103,7 @@ class Labels:
         self.layout = (inner, below, outer)
         sizes = local.reduced.sizes
         self.shape = (math.prod(sizes(inner)), math.prod(sizes(below)), self.leaf.dim, math.prod(sizes(outer)))
-        self.priors = self._priors()
+        self.priors = list(priors) * self.particles if priors else self._priors()
         self.evidence = np.empty((self.particles, *self.shape), np.float32)
         own = self.by_plates(self.evidence)
         for rows in self.slabs():
@@ -130,9 +132,8 @@ class Labels:
         above = self.parent.name if self.parent else ""
         out: list[Prior] = []
         found = [(f, *_quadratic(local, f, zeros)) for f in local.component.factors if f.variable in local.component.uniform]
-        same = not any(p in local.given for f, *_ in found for p in local.reduced.graph.model.variables[f.variable].parents)
         for k in range(self.particles):
-            if same and out:
+            if self.constant and out:
                 out.append(out[0])
                 continue
             v = v0 = 0.0
@@ -166,51 +167,50 @@ class Labels:
         out = whole.permute(0, *(1 + axes.index(p) for p in (*inner, "", *outer)))
         return np.ascontiguousarray(out.numpy()).reshape(len(coordinates), self.shape[0], self.shape[2], self.shape[3])
 
-    def draw(self, held: np.ndarray, noise: Noise) -> dict[str, Tensor]:
+    @property
+    def constant(self) -> bool:
+        """Whether neither root nor earlier components enter the priors."""
+        laws = (self.local.reduced.graph.model.variables[name] for name in self.local.component.uniform)
+        return not any(p in self.local.given for law in laws for p in law.parents)
+
+    def draw(self, held: Parents, noise: Noise) -> dict[str, Tensor]:
         """A draw for each root point, by block, `[K, n, 1, e]`: the parent from what a pass over all its leaves left, the leaves given it.
 
         What a draw of the root would change of the parent is left out: it speaks through all the leaves, a leaf's own data through few.
 
         Args:
-            held: Of each parent unit the mode and the Cholesky factor of its precision, `[n, E + E E]`.
+            held: Mode and spread of each parent unit.
             noise: Standard normals by block.
         """
         leaves, _, labels, n = self.shape
-        top, out = self._parents(held, noise)
+        drawn, offset, z = self._parents(held, noise, np.float32)
         white = self.leaves_first(noise(self.leaf, (self.particles, leaves * n, 1, labels)))
-        z = np.empty((self.particles, leaves, labels, n), np.float32)
         for k, prior in enumerate(self.priors):
-            self._leaves(z[k], k, _offset(prior, top[k]), white[k])
-        out[self.leaf.name] = self.units_first(z)
-        return out
+            scatter(self.evidence[k], z[k], offset[k], prior.p.astype(np.float32), DRAW_STEPS, white[k])
+        return {**({self.parent.name: torch.from_numpy(drawn)} if self.parent else {}), self.leaf.name: self.units_first(z)}
 
-    def ratios(self, held: np.ndarray, noise: Noise, samples: int) -> Tensor:
+    def ratios(self, held: Parents, noise: Noise, samples: int) -> Tensor:
         """log p - log q of draws of the leaves at the first root point and one draw of their parents, `[samples, leaves]`; up to a constant of each leaf."""
         leaves, _, labels, n = self.shape
-        (top, *_), _ = self._parents(held, noise)
-        prior, z, out = self.priors[0], np.empty((leaves, labels, n), np.float32), np.empty((samples, leaves, 1, n))
-        offset = _offset(prior, top)
+        _, (offset, *_), (start, *_) = self._parents(held, noise, np.float64)
+        prior, out = self.priors[0], np.empty((samples, leaves, 1, n))
         for ratio in out:
-            (white,) = self.leaves_first(noise(self.leaf, (1, leaves * n, 1, labels)))
-            self._leaves(z, 0, offset, white)
+            (white,), z = self.leaves_first(noise(self.leaf, (1, leaves * n, 1, labels))), start.copy()
+            scatter(self.evidence[0], z, offset.astype(np.float32), prior.p.astype(np.float32), DRAW_STEPS, white)
             ratio[:, 0] = ((offset - 0.5 * np.einsum("lm,smn->sln", prior.p, z, optimize=True)) * z).sum(1) + 0.5 * (white.astype(np.float64) ** 2).sum(1)
             ratio[:, 0] += (logsumexp(z[:, None] + self.evidence[0], axis=2) - logsumexp(z, axis=1)[:, None]).sum(1)
         return self.units_first(out)[:, :, 0, 0]
 
-    def _parents(self, held: np.ndarray, noise: Noise) -> tuple[np.ndarray, dict[str, Tensor]]:
-        """A draw of the parents for each root point, `[K, E, n]`, and as coordinates by block."""
-        n, e = self.shape[3], self.parent.dim if self.parent else 0
-        if self.parent is None:
-            return np.zeros((self.particles, 0, n)), {}
-        spread = np.linalg.inv(held[:, e:].reshape(n, e, e))  # M^T, M M^T = H^-1
-        white = noise(self.parent, (self.particles, n, 1, e))[:, :, 0].to(torch.float64).numpy()
-        drawn = held[None, :, :e] + np.einsum("nfe,knf->kne", spread, white, optimize=True)
-        return drawn.transpose(0, 2, 1), {self.parent.name: torch.from_numpy(drawn[:, :, None])}
-
-    def _leaves(self, z: np.ndarray, k: int, offset: np.ndarray, white: np.ndarray) -> None:
-        """Draws of the leaves given their parents at root point k, into z `[S, L, n]`."""
-        z[:] = self.priors[k].inverse @ offset
-        scatter(self.evidence[k], z, offset.astype(np.float32), self.priors[k].p.astype(np.float32), DRAW_STEPS, white)
+    def _parents(self, held: Parents, noise: Noise, dtype: type[np.floating[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each root point a draw of the parents `[K, n, 1, E]`, pull `[K, L, n]`, in `dtype`, and mean `[K, S, L, n]` of their leaves' priors."""
+        (leaves, _, labels, n), e = self.shape, len(held.mode)
+        white = np.zeros((self.particles, n, 1, 0)) if self.parent is None else noise(self.parent, (self.particles, n, 1, e)).numpy()
+        drawn, offset = np.empty((self.particles, n, 1, e)), np.empty((self.particles, labels, n), dtype)
+        start = np.empty((self.particles, leaves, labels, n), np.float32)
+        for k, p in enumerate(self.priors):
+            given = np.ascontiguousarray(white[k, :, 0]), p.c, np.ascontiguousarray(p.q), np.ascontiguousarray(p.inverse)  # one layout is compiled
+            descend(held.mode, held.spread, *given, drawn[k, :, 0], offset[k], start[k])
+        return drawn, offset, start
 
 
 class LabelledCore(Labels):
@@ -246,7 +246,7 @@ class LabelledCore(Labels):
 
     @property
     def held(self) -> np.ndarray:
-        """What `Labels.draw` needs of the parents, from the first root point."""
+        """What `Parents.of` makes of the parents, from the first root point: mode and Cholesky factor of the precision of each, `[n, E + E E]`."""
         return np.concatenate([self.top[0].T, self.factor[0].reshape(len(self.factor[0]), -1)], 1)
 
     def _settle(self, k: int, start: np.ndarray | None) -> None:
@@ -376,11 +376,6 @@ def at_least(precision: Tensor, least: Tensor) -> Tensor:
     value, vector = torch.linalg.eigh(torch.linalg.solve_triangular(root.mT, inner, upper=True, left=False))
     vector = root @ vector
     return precision.index_copy(0, low, (vector * value.clamp(min=1.0).unsqueeze(-2)) @ vector.mT)
-
-
-def _offset(prior: Prior, top: np.ndarray) -> np.ndarray:
-    """The leaves' prior precision times location given their parents `[E, n]`, `[L, n]`."""
-    return np.asarray((prior.c[:, None] - prior.q @ top) * np.ones(top.shape[1]))
 
 
 def _quadratic(local: LocalModel, factor: Factor, zeros: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:

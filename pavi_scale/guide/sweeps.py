@@ -11,8 +11,7 @@ b is the evidence of each label, o = P loc the prior's pull. With p = softmax(z)
 The mean lies off the mode by C t / 2 with C = H^-1 and t the gradient of tr(C \nabla^2 f) at fixed C, to the order of the third derivatives
 (Tierney & Kadane 1986; Rue, Martino & Chopin 2009).
 
-Fused products are asked for by name, and the compiler may not reorder anything: the bits are the same whether the code was compiled in this process,
-loaded from the cache, or compiled on another machine.
+Fused products are asked for by name, and the compiler may not reorder anything: the bits are the same wherever and whenever the code was compiled.
 
 Leaves of one parent unit lie along the first axis, parent units along the last, and every inner loop runs over parent units: the compiler turns
 it into vector instructions, and nothing of a leaf is written to memory but what was asked for. Division is NumPy's, since a loop that may raise
@@ -26,7 +25,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pavi_scale.guide.exponential import HALF, ONE, exp, fma
+from pavi_scale.guide.exponential import HALF, ONE, exp
+from pavi_scale.instructions import fma
 
 LANES = 128  # parent units at once: long loops, since each begins with checks that its arrays lie apart; more, and a leaf's work space outgrows the cache
 LEAST = np.float32(0.05)  # of a pivot, in units of the prior's: the mixture may be convex far from the mode

@@ -78,13 +78,13 @@ class Laws:
 
     def split(self, block: Block, latent: str, z: Tensor) -> Tensor:
         """Coordinates of one latent, `[K, n, *base_shape]`, of a block's `[K, n, C, e]`."""
-        base = self.reduced.graph.links[latent].base_shape
-        return z[..., self.component.columns(block, latent)].flatten(2).reshape(*z.shape[:2], *base)
+        return self.columns_of(self.component, block, latent, z).reshape(*z.shape[:2], *self.reduced.graph.links[latent].base_shape)
 
     @staticmethod
     def columns_of(component: Component, block: Block, latent: str, z: Tensor) -> Tensor:
         """Coordinates of one latent as a flat vector per unit, `[K, n, size]`."""
-        return z[..., component.columns(block, latent)].flatten(2)
+        own = component.columns(block, latent)
+        return z[..., own.start : own.stop].flatten(2)
 
     def join(self, block: Block, parts: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split` over all latents of the block."""
@@ -258,7 +258,7 @@ class Laws:
         term, slope, curve = (t.detach().expand(k, *sizes, *t.shape[1 + len(sizes) :]).reshape(k, n, *t.shape[1 + len(sizes) :]) for t in found)
         gradient, hessian = slope[:, :, None], curve[:, :, None]
         if block.dim != slope.shape[-1]:
-            columns = self.component.columns(block, latent)
+            columns = list(self.component.columns(block, latent))
             gradient = gradient.new_zeros(k, n, 1, block.dim)
             gradient[..., columns] = slope[:, :, None]
             hessian = gradient.new_zeros(k, n, 1, block.dim, block.dim)

@@ -17,6 +17,7 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.labels import LabelledCore, at_least, labelled
 from pavi_scale.guide.local import fit_core
+from pavi_scale.guide.parents import Parents, descend
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Reduced, Value
 from pavi_scale.settings import make_graph, precision
@@ -236,11 +237,12 @@ def test_ratios_are_those_of_the_leaves_draws(monkeypatch):
         return asked[-1]
 
     samples, leaf = 3, "subject*vertex"
-    ratio = core.ratios(core.held, noise, samples).numpy().reshape(samples, 4, 70)
+    held = Parents.of(core.held)
+    ratio = core.ratios(held, noise, samples).numpy().reshape(samples, 4, 70)
     parents, *white = asked
     expected = np.empty_like(ratio)
     for m in range(samples):
-        drawn = core.draw(core.held, lambda block, shape, m=m: white[m].expand(shape) if block.name == leaf else parents)
+        drawn = core.draw(held, lambda block, shape, m=m: white[m].expand(shape) if block.name == leaf else parents)
         rho, z = drawn["vertex"][0, :, 0].double().numpy(), drawn[leaf][0].double().numpy().reshape(4, 70, LABELS)
         for s in range(4):
             own = data.isel(subject=[s])
@@ -249,7 +251,7 @@ def test_ratios_are_those_of_the_leaves_draws(monkeypatch):
     np.testing.assert_allclose(ratio - ratio[0], expected - expected[0], atol=2e-4)
 
     def efficiency():
-        found = core.ratios(core.held, noise, 200).numpy()
+        found = core.ratios(held, noise, 200).numpy()
         weight = np.exp(found - found.max(0))
         return np.median(weight.sum(0) ** 2 / (weight**2).sum(0)) / 200
 
@@ -276,9 +278,26 @@ def test_no_direction_is_less_precise_than_asked_for():
     torch.testing.assert_close(found[1], (vector * values[1].clamp(min=1.0)) @ vector.T)
 
 
+@pytest.mark.parametrize("parents", [1, 127, 300])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parents_are_drawn_from_their_posterior(parents, dtype):
+    """Mean and covariance in the precision of the formula, and what the leaves' priors make of a draw."""
+    rng = np.random.default_rng(parents)
+    factor = np.tril(rng.normal(size=(parents, 4, 4))) + 3 * np.eye(4)
+    mode, white = rng.normal(size=(parents, 4)), rng.normal(size=(parents, 4)).astype(dtype)
+    held = Parents.of(np.concatenate([mode, factor.reshape(parents, -1)], 1))
+    c, q, p = rng.normal(size=5), rng.normal(size=(5, 4)), np.eye(5) + 0.1
+    drawn, pull, first = np.empty((parents, 4)), np.empty((5, parents)), np.empty((3, 5, parents), np.float32)
+    descend(held.mode, held.spread, white, c, q, np.linalg.inv(p), drawn, pull, first)
+    np.testing.assert_allclose(drawn, mode + np.linalg.solve(factor.transpose(0, 2, 1), white[..., None].astype(float))[..., 0], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(pull, c[:, None] - q @ drawn.T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(first, np.broadcast_to(np.linalg.solve(p, pull), first.shape), rtol=1e-5, atol=1e-6)
+
+
 KERNEL = """
 import hashlib
 import numpy as np
+from pavi_scale.guide.parents import Parents, descend
 from pavi_scale.guide.sweeps import scatter, sweep
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -287,7 +306,11 @@ z, sums, square, value, shares = draw(3, 5, 100), np.zeros((5, 100)), np.zeros((
 mean, variance, thrown = (np.zeros((3, 5, 100), np.float32) for _ in range(3))
 sweep(b, z, np.arange(0, 100, 64), offset, precision, 3, gain, sums, square, value, mean, variance, shares)
 scatter(b, thrown, offset, precision, 3, draw(3, 5, 100))
-print(sum(sweep.stats.cache_hits.values()), hashlib.sha256(b"".join(a.tobytes() for a in (z, sums, square, value, shares, mean, variance, thrown))).hexdigest())
+held = Parents(rng.normal(size=(4, 100)), rng.normal(size=(4, 4, 100)))
+drawn, pull, first = np.zeros((100, 4)), np.zeros((5, 100)), np.zeros((3, 5, 100), np.float32)
+descend(held.mode, held.spread, draw(100, 4), rng.normal(size=5), rng.normal(size=(5, 4)), rng.normal(size=(5, 5)), drawn, pull, first)
+made = (z, sums, square, value, shares, mean, variance, thrown, drawn, pull, first)
+print(sum(sweep.stats.cache_hits.values()), hashlib.sha256(b"".join(a.tobytes() for a in made)).hexdigest())
 """
 
 

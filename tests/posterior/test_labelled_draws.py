@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 
 import pavi_scale as ps
+from pavi_scale import sampling
 from pavi_scale.cohort import Cohort
 from pipelines.hcp import make_cohort, model, quality
 
@@ -44,6 +45,16 @@ def test_draws_do_not_depend_on_the_slice(fitted):
     assert (group.isel(chain=0, draw=slice(10, 20), vertex=slice(100, 110)).isel(subject=5).values == one).all()
     assert (group.isel(chain=0, draw=slice(0, 40), subject=5, vertex=[104]).values[10:20, 0] == one[:, 4]).all()
     assert (group.isel(chain=0, draw=slice(10, 20), subject=4, vertex=slice(100, 110)).values != one).all()
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_once(fitted, monkeypatch):
+    at = {"chain": 0, "draw": slice(30), "subject": slice(2), "vertex": slice(50)}
+    group = fitted[0].datatree["posterior"].dataset[["rho", "label_logits", "mu_session"]]
+    together = {name: group[name].isel({d: s for d, s in at.items() if d in group[name].dims}).values for name in group}
+    monkeypatch.setattr(sampling, "AT_ONCE", 1)  # one by one
+    monkeypatch.setattr(sampling, "MOST", 7)
+    for name, values in together.items():
+        np.testing.assert_array_equal(group[name].isel({d: s for d, s in at.items() if d in group[name].dims}).values, values)
 
 
 def test_draws_read_their_own_units(fitted, monkeypatch):
