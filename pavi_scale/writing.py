@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pavi_scale import rng
 from pavi_scale.cohort import Origin, open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import diagnose
@@ -49,7 +50,10 @@ def write_posterior(
     count = max(limits.values(), default=1)
     picks = pool.resample(spread(min(limits.values(), default=count), count))
     answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, [{**t, "limits": limits} for t in tasks])
-    state.update(gather_held(study, answers))
+    if held := gather_held(study, answers):
+        state.update(held)
+        # Such a fit ends with questions of a second: what draws are made with is compiled now, once per installation, not in the first of them.
+        rng.normal(0, np.arange(1), dtype=np.float32 if study.settings.dtype == "float32" else np.float64)
     write_root(writer, computation, state)
     write_returned(writer, study, answers)
     status, tables = diagnose(computation, engine, state, facts, int(config["seed"]), trainer.tasks())
