@@ -110,6 +110,12 @@ class Shard:
             return Selection.whole(layout)
         return closure(layout, {self.plate: np.arange(self.start, self.stop)})
 
+    def parts(self, length: int) -> list[Shard]:
+        """It in parts of at most `length` units, one after another."""
+        if self.plate is None:
+            return [self]
+        return [Shard(self.plate, a, min(a + length, self.stop), self.first and a == self.start) for a in range(self.start, self.stop, length)]
+
 
 def split_plate(model: Model, layout: Layout, components: Sequence[Component]) -> str | None:
     """The splittable plate with most observed units below it."""

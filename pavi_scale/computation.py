@@ -357,22 +357,29 @@ class StudyComputation:
     def task_moments(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Posterior mean and sd of a shard's latents over root points `state["points"]`: written to the store, or returned.
 
-        The components of `task["limits"]` look at that many of the points only. A latent is written here if the shard is a whole region of its
-        array; the others come back as `mean/<latent>`, `sd/<latent>`, with the positions of ragged units as `units/<plate>`.
+        The components of `task["limits"]` look at that many of the points only. The shard is computed in parts of `task["length"]` units and written at
+        once. A latent is written here if the shard is a whole region of its array; the others come back as `mean/<latent>`, `sd/<latent>`, with the
+        positions of ragged units as `units/<plate>`.
         """
-        reduced, shard = self.shard(task)
+        whole = Shard(*task["shard"])
+        parts = [self._moments(state, task, part) for part in whole.parts(int(task["length"]))]
+        for name in parts[0][0]:
+            axis = self.graph.model.variables[name].plates.index(str(whole.plate))
+            mean, sd = (np.concatenate([written[name][i] for written, _ in parts], axis) for i in (0, 1))
+            PosteriorWriter.open(task["run"]).write(name, {str(whole.plate): slice(whole.start, whole.stop)}, mean, sd)
+        kept = {key: [returned[key] for _, returned in parts if key in returned] for key in parts[0][1]}
+        return {key: np.concatenate(found) if len(found) > 1 else found[0] for key, found in kept.items()}
+
+    def _moments(self, state: Arrays, task: Mapping[str, Any], shard: Shard) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
+        self._settle()
+        reduced, _ = self.shard({"shard": (shard.plate, shard.start, shard.stop, shard.first)})
         self._ahead.after(shard)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
         limits = points_of(self.guide, reduced, shard, task.get("limits", {}), len(points))
-        with torch.no_grad():
-            start = 0
-            while start < max(limits.values(), default=0):
-                going = {name: stop for name, stop in limits.items() if stop > start}
-                part = points[start : min(start + size, *going.values())]
-                moments.add(self.space.values(torch.tensor(part, dtype=self.dtype)), len(part), going)
-                start += len(part)
+        moments.over(points, lambda some: self.space.values(torch.tensor(some, dtype=self.dtype)), limits, size)
+        written: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         out: dict[str, np.ndarray] = {f"held/{b}": table for b, table in moments.held.items()}
         out.update({f"at/{b}": flat_positions(self.layout, reduced.selection, self.block(b)) for b in moments.held})
         for name, (mean, sd) in moments.result().items():
@@ -381,11 +388,11 @@ class StudyComputation:
                 continue
             moments.check(name, mean, sd)
             if shard.plate in plates and task.get("run"):
-                PosteriorWriter.open(task["run"]).write(name, {shard.plate: slice(shard.start, shard.stop)}, mean, sd)
+                written[name] = mean, sd
                 continue
             out[f"mean/{name}"], out[f"sd/{name}"] = mean, sd
             out.update({f"units/{p}": reduced.selection.units[p] for p in plates})
-        return out
+        return written, out
 
     def block(self, name: str) -> Block:
         """A block by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -87,6 +87,23 @@ class Moments:
         self.shift: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
         self.held: dict[str, np.ndarray] = {}  # coarse block of a labelled component -> what its draws need (`Parents.of`)
+
+    def over(self, points: np.ndarray, root: Callable[[np.ndarray], Mapping[str, Value]], limits: Mapping[str, int], size: int) -> None:
+        """Account for root points `[K, R]`, at most `size` of them at once.
+
+        Args:
+            points: The points.
+            root: Points -> values of the root variables.
+            limits: Component -> how many of the points it looks at.
+            size: Points looked at together.
+        """
+        start = 0
+        with torch.no_grad():
+            while start < max(limits.values(), default=0):
+                going = {name: stop for name, stop in limits.items() if stop > start}
+                part = points[start : min(start + size, *going.values())]
+                self.add(root(part), len(part), going)
+                start += len(part)
 
     def add(self, root: Mapping[str, Value], particles: int, only: Collection[str] | None = None) -> None:
         """Account for K root points, for the components named `only` (an earlier one that they need must be among them), by default for all."""

@@ -322,6 +322,8 @@ class Rows:
         if upper.joined:
             middle, sd = upper.complete(sites, points, each=small)
             noise = np.random.default_rng(stream(trainer.seed, "joined") % 2**63).standard_normal(points.shape)
+            noise -= weight @ noise  # the pool's mean and spread are then what `complete` found, not those of a sample of it
+            noise /= np.sqrt(weight @ noise**2)
             points = middle + sd * noise
             held = np.setdiff1d(np.arange(dim), rest)
             joint[held] = weight @ middle[:, held]

@@ -32,6 +32,8 @@ from pavi_scale.settings import make_graph
 from pavi_scale.study import Study, prepare
 from pavi_scale.training import Trainer
 
+FILES = 64  # chunks of the posterior along the split plate, about
+REGION = 64 << 20  # bytes of the posterior that one task writes at most
 SMALL = 16 << 20  # bytes of data up to which the fit ends with an evaluation of the full ELBO
 
 
@@ -41,7 +43,7 @@ def write_posterior(
     """The posterior pass: moments of every latent, diagnostics, trace; returns the facts that say it is done."""
     context = make_context(computation, state, int(config["seed"]))
     trainer = Trainer(computation, engine, int(config["seed"]), math.inf, lambda *a: None)
-    tasks = trainer.tasks(run=str(run.path), repeats=4)
+    tasks = regions(study, trainer.tasks(run=str(run.path), repeats=4))
     length = tasks[0]["shard"][2] - tasks[0]["shard"][1]
     split = study.settings.split
     writer = PosteriorWriter.create(run.path, context, chunks={split: length} if split else None)
@@ -64,6 +66,15 @@ def write_posterior(
     run.log("done", status=status)
     nats, error = context.sampler.elbo(4, 0) if study.plan.data_bytes < SMALL else (facts["trace"][-1][1], None)
     return {"phase": "done", "status": status, "elbo": nats, "elbo_error": error if error is not None and math.isfinite(error) else None}
+
+
+def regions(study: Study, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tasks that each compute a few neighbouring shards and write them as one chunk: what is asked of a unit of another plate opens few files."""
+    first = tasks[0]["shard"]
+    length, per = first[2] - first[1], min(-(-len(tasks) // FILES), REGION * len(tasks) // max(1, study.plan.disk_bytes))
+    per = 1 if study.cohort.layout.index else max(1, per)  # ragged units come back shard by shard
+    some = [tasks[a : a + per] for a in range(0, len(tasks), per)]
+    return [{**group[0], "shard": (first[0], group[0]["shard"][1], group[-1]["shard"][2], group[0]["shard"][3]), "length": length} for group in some]
 
 
 def gather_held(study: Study, answers: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
