@@ -40,7 +40,7 @@ class Ahead:
             yield piece
 
     def after(self, shard: Shard) -> None:
-        """Ask for the two shards after one: the first is probably another's, who will be there at about the same time."""
+        """Ask for the two shards after one: the first may be another's, who will be there at about the same time."""
         if self._worth and shard.plate is not None:
             stop = min(shard.stop + 2 * (shard.stop - shard.start), self._cohort.layout.cardinality[shard.plate])
             self._fetch((shard.plate, shard.stop, stop))

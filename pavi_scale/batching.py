@@ -129,6 +129,12 @@ def split_plate(model: Model, layout: Layout, components: Sequence[Component]) -
     return max(candidates, key=load, default=None)
 
 
+def most_units(model: Model, layout: Layout, plate: str) -> int:
+    """Units of the largest of the variables below a plate."""
+    below = [v.plates for v in model.of_kind("observed", "latent") if lies_below(layout.plates, v.plates, (plate,))]
+    return max(math.prod(layout.cardinality[p] for p in plates) for plates in below)
+
+
 def shards(layout: Layout, plate: str | None, per_shard: int) -> list[Shard]:
     """Contiguous shards of at most `per_shard` units of the split plate."""
     if plate is None:

@@ -36,6 +36,7 @@ from pavi_scale.model.template import Model
 from pavi_scale.moments import Moments, points_of
 from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
+from pavi_scale.posterior.sampler import storage_dtype
 from pavi_scale.posterior.store import PosteriorWriter
 from pavi_scale.ratios import local_ratios
 from pavi_scale.reduced import Reading, Reduced, Value
@@ -357,9 +358,8 @@ class StudyComputation:
     def task_moments(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Posterior mean and sd of a shard's latents over root points `state["points"]`: written to the store, or returned.
 
-        The components of `task["limits"]` look at that many of the points only. The shard is computed in parts of `task["length"]` units and written at
-        once. A latent is written here if the shard is a whole region of its array; the others come back as `mean/<latent>`, `sd/<latent>`, with the
-        positions of ragged units as `units/<plate>`.
+        The components of `task["limits"]` look at that many of the points only. The shard is computed in parts of `task["length"]` units. A latent is
+        written here, at once, if the shard is a region of its array; others come back as `mean/<latent>`, `sd/<latent>`, `units/<plate>` (positions).
         """
         whole = Shard(*task["shard"])
         parts = [self._moments(state, task, part) for part in whole.parts(int(task["length"]))]
@@ -367,8 +367,8 @@ class StudyComputation:
             axis = self.graph.model.variables[name].plates.index(str(whole.plate))
             mean, sd = (np.concatenate([written[name][i] for written, _ in parts], axis) for i in (0, 1))
             PosteriorWriter.open(task["run"]).write(name, {str(whole.plate): slice(whole.start, whole.stop)}, mean, sd)
-        kept = {key: [returned[key] for _, returned in parts if key in returned] for key in parts[0][1]}
-        return {key: np.concatenate(found) if len(found) > 1 else found[0] for key, found in kept.items()}
+        # All parts return `held/*` and `at/*`, the first one what does not depend on the shard, and ragged units have shards of one part.
+        return {key: np.concatenate([returned[key] for _, returned in parts if key in returned]) for key in parts[0][1]}
 
     def _moments(self, state: Arrays, task: Mapping[str, Any], shard: Shard) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
         self._settle()
@@ -380,15 +380,16 @@ class StudyComputation:
         limits = points_of(self.guide, reduced, shard, task.get("limits", {}), len(points))
         moments.over(points, lambda some: self.space.values(torch.tensor(some, dtype=self.dtype)), limits, size)
         written: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        out: dict[str, np.ndarray] = {f"held/{b}": table for b, table in moments.held.items()}
-        out.update({f"at/{b}": flat_positions(self.layout, reduced.selection, self.block(b)) for b in moments.held})
+        out = {f"held/{b}": table for b, table in moments.held.items()}
+        out |= {f"at/{b}": flat_positions(self.layout, reduced.selection, self.block(b)) for b in moments.held}
         for name, (mean, sd) in moments.result().items():
             plates = self.graph.model.variables[name].plates
             if not self.guide.counted(reduced, plates, shard.plate, shard.first):
                 continue
             moments.check(name, mean, sd)
-            if shard.plate in plates and task.get("run"):
-                written[name] = mean, sd
+            if shard.plate in plates:
+                kind = storage_dtype(math.prod(self.layout.cardinality[p] for p in plates) * math.prod(mean.shape[len(plates) :]))
+                written[name] = mean.astype(kind), sd.astype(kind)  # as they will lie in the store: parts wait for each other
                 continue
             out[f"mean/{name}"], out[f"sd/{name}"] = mean, sd
             out.update({f"units/{p}": reduced.selection.units[p] for p in plates})

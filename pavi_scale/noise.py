@@ -1,4 +1,4 @@
-"""Standard normals for the local blocks of a round, and even points for the root."""
+"""Normals of a round's local blocks, even points of the root."""
 
 from __future__ import annotations
 
@@ -37,5 +37,7 @@ def quasi_random(key: int, count: int, dim: int) -> np.ndarray:
         >>> [int(n) for n in np.histogram(points[:, 1], 4, (0, 1))[0]]
         [16, 16, 16, 16]
     """
-    points = SobolEngine(max(dim, 1), scramble=True, seed=key % 2**63).draw_base2(max(1, math.ceil(math.log2(count))), dtype=torch.float64)  # type: ignore[no-untyped-call]
+    engine = SobolEngine(max(dim, 1), scramble=True, seed=key % 2**63)  # type: ignore[no-untyped-call]
+    points = engine.draw_base2(max(1, math.ceil(math.log2(count))), dtype=torch.float64)  # type: ignore[no-untyped-call]
+    points[0] = engine.shift.double() / 2**engine.MAXBIT  # the engine rounds this one to torch's default dtype, whatever that is at the moment
     return np.asarray(points.numpy()[:count, :dim].clip(1e-9, 1 - 1e-9))

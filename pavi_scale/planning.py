@@ -18,6 +18,7 @@ PROCESS_BYTES = 520 << 20  # a Python process with torch, zarr and xarray loaded
 TEMPORARIES = 24  # arrays of the size of one chunk's values that a second-order expansion holds at its peak; measured by tests/test_memory.py
 LABELLED_VALUES, LABELLED_LABELS = 2, 5  # the same where units are settled by sweeps: arrays of an observation's values, and of its labels
 SWEPT_CHUNK = 1 << 20  # units x particles of one chunk there: larger ones only take memory that the system must hand out anew
+LONG_CHUNK = 1 << 22  # the same at most, where the store's own chunks are long
 SITE_ARRAYS = 40  # sites, centres, widths; score and curvature from each of up to 16 tasks of a round
 ROOT_PASSES = 12  # full-data rounds of the finish, typically
 
@@ -97,6 +98,16 @@ def swept(graph: Graph, components: Sequence[Component]) -> bool:
         f.variable in graph.labelled and labelled(c, graph) == f.variable
         for c in components for f in c.factors if graph.model.variables[f.variable].kind == "observed"
     )  # fmt: skip
+
+
+def swept_chunk(units: float, row: int | None) -> int:
+    """Units x particles of one chunk of units that are settled by sweeps: a row of the store's chunks, which is decoded whole, is not cut while that is small.
+
+    Args:
+        units: Units for each unit of the split plate.
+        row: Length of the store's chunks along it.
+    """
+    return max(SWEPT_CHUNK, min(LONG_CHUNK, int(2 * units * (row or 0))))
 
 
 def room_for(budget: int, layout: Layout) -> int:

@@ -62,11 +62,11 @@ def normal(key: int, *counters: np.ndarray, dtype: type[np.floating[Any]] = np.f
     shape = np.broadcast_shapes(*(np.shape(c) for c in counters))
     *earlier, last = (np.asarray(c).reshape((1,) * (len(shape) - np.ndim(c)) + np.shape(c)) for c in counters)
     # Leading axes of the earlier counters times trailing ones of the last: their sums are made as they are used.
-    axis = next((i for i, size in enumerate(last.shape) if size > 1), len(shape))
+    axis = next((i for i, size in enumerate(last.shape) if size != 1), len(shape))
     step = _step(last)
     with np.errstate(over="ignore"):
         state = _state(key, earlier)
-        if any(size > 1 for c in earlier for size in c.shape[axis:]):
+        if any(size != 1 for c in earlier for size in c.shape[axis:]):
             state, step, axis = state + step, np.zeros(1, np.uint64), len(shape)
     rows = np.broadcast_to(state.reshape(state.shape[:axis]), shape[:axis]).reshape(-1)
     out = np.empty(math.prod(shape), dtype)

@@ -57,6 +57,7 @@ CENTRED_STARTS = 3  # where the data show centres, the best of them are few
 PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
 REFIT_POINTS = 4096
 REFIT_VALUES = 100_000_000  # points x coordinates that a refit may take: the driver computes them alone
+STANDARD = 100  # effective points of a pool from which noise is standardised: of very few, it would be blown up
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
@@ -322,8 +323,9 @@ class Rows:
         if upper.joined:
             middle, sd = upper.complete(sites, points, each=small)
             noise = np.random.default_rng(stream(trainer.seed, "joined") % 2**63).standard_normal(points.shape)
-            noise -= weight @ noise  # the pool's mean and spread are then what `complete` found, not those of a sample of it
-            noise /= np.sqrt(weight @ noise**2)
+            if weight @ weight < 1 / STANDARD:  # the pool's mean and spread are then about what `complete` found, not those of a sample of it
+                noise -= weight @ noise
+                noise /= np.sqrt(weight @ noise**2)
             points = middle + sd * noise
             held = np.setdiff1d(np.arange(dim), rest)
             joint[held] = weight @ middle[:, held]

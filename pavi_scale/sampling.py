@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pavi_scale import rng
-from pavi_scale.batching import closure, flat_positions, shards, splittable
+from pavi_scale.batching import closure, flat_positions, most_units, shards, splittable
 from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.elbo import correctors, log_root
 from pavi_scale.guide.blocks import Block, Component, lies_below
@@ -242,8 +242,7 @@ def shard_length(study: StudyComputation, particles: int = 1) -> int:
     if split is None:
         return 1
     layout = study.layout
-    below = [v.plates for v in study.graph.model.of_kind("observed", "latent") if lies_below(layout.plates, v.plates, (split,))]
-    units = max(math.prod(layout.cardinality[p] for p in plates) for plates in below)
+    units = most_units(study.graph.model, layout, split)
     # Two particles of a shard fill a chunk: fewer, longer tasks, and the data of a shard read once for both.
     length = max(1, int(study.settings.chunk * layout.cardinality[split] / (2 * particles * units)))
     chunk = study.cohort.chunk(split)

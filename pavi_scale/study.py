@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pavi_scale.batching import closure, split_plate, splittable
+from pavi_scale.batching import closure, most_units, split_plate, splittable
 from pavi_scale.cohort import Cohort
 from pavi_scale.computation import StudySpec
 from pavi_scale.errors import CohortError, InputError, PlanRefused
@@ -19,7 +19,7 @@ from pavi_scale.guide.guide import Guide, probe
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
-from pavi_scale.planning import SWEPT_CHUNK, Plan, make_plan, room_for, swept, unit_bytes
+from pavi_scale.planning import Plan, make_plan, room_for, swept, swept_chunk, unit_bytes
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.settings import Settings, make_graph, precision
 
@@ -130,7 +130,9 @@ def prepare(
     whole = any(not c.tree for c in guide.components)
     values = sum(math.prod(cardinality[p] for p in v.plates) * math.prod(graph.shape(v)) for v in graph.model.of_kind("observed", "covariate"))
     itemsize = 4 if free else 8
-    chunk = SWEPT_CHUNK if swept(graph, guide.components) else 1 << 18
+    chunk = 1 << 18
+    if split is not None and swept(graph, guide.components):
+        chunk = swept_chunk(most_units(graph.model, cohort.layout, split) / cardinality[split], cohort.chunk(split))
     plan = make_plan(
         guide, cohort.layout, values * itemsize, budget, processes=processes, lanes=lanes, itemsize=itemsize, chunk=chunk, needs_whole=whole or split is None
     )

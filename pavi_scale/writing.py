@@ -32,8 +32,8 @@ from pavi_scale.settings import make_graph
 from pavi_scale.study import Study, prepare
 from pavi_scale.training import Trainer
 
-FILES = 64  # chunks of the posterior along the split plate, about
-REGION = 64 << 20  # bytes of the posterior that one task writes at most
+FILES = 128  # chunks of the posterior along the split plate, about
+REGION = 32 << 20  # bytes of the posterior that one task writes at most
 SMALL = 16 << 20  # bytes of data up to which the fit ends with an evaluation of the full ELBO
 
 
@@ -54,7 +54,7 @@ def write_posterior(
     answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, [{**t, "limits": limits} for t in tasks])
     if held := gather_held(study, answers):
         state.update(held)
-        # Such a fit ends with questions of a second: what draws are made with is compiled now, once per installation, not in the first of them.
+        # Draws of few units take well below a second: the loop that makes their normals is compiled now, once per installation, not in the first of them.
         rng.normal(0, np.arange(1), dtype=np.float32 if study.settings.dtype == "float32" else np.float64)
     write_root(writer, computation, state)
     write_returned(writer, study, answers)

@@ -51,3 +51,9 @@ def test_stream_keys_are_fixed_for_ever():
     assert rng.stream(0, "draw", 0, "root") == rng.stream(0, "draw", 0, "root")
     assert len({rng.stream(s, *n) for s in range(20) for n in (("a",), ("a", 1), ("a", "1"), ("b",))}) == 80
     np.testing.assert_allclose(rng.uniform(7, np.arange(2)), rng.uniform(7, np.arange(3))[:2], rtol=0)
+
+
+@pytest.mark.parametrize("shapes", [((0, 1), (1, 3)), ((3, 1), (0,)), ((2, 1, 3), (4, 1)), ((), (2,))])
+def test_normals_are_the_quantiles_of_uniforms_of_any_shape(shapes):
+    counters = [np.arange(np.prod(s, dtype=int)).reshape(s) for s in shapes]
+    np.testing.assert_allclose(rng.normal(5, *counters), stats.norm.ppf(rng.uniform(5, *counters)), rtol=1e-12)
