@@ -102,7 +102,7 @@ def moment_points(study: Study, draws: int) -> dict[str, int]:
         draws: Candidates of each draw of a resampled block; laws that touch one are computed for each.
     """
     layout, model = study.cohort.layout, study.graph.model
-    budget, least, most = (1e6, 2, 64) if study.settings.free else (1e7, 4, 512)
+    budget, least, most = (1e6, 2, 128) if study.settings.free else (1e7, 4, 512)
     out: dict[str, int] = {}
     for c in study.guide.components:
         sizes = [(f, math.prod(layout.cardinality[p] for p in model.variables[f.variable].plates)) for f in c.factors]

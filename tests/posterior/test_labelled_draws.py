@@ -25,8 +25,7 @@ def test_draws_have_the_stored_moments(fitted):
         drawn = group[name].isel(part).isel(chain=0, draw=slice(600)).transpose("draw", *mean[name].dims).values
         m, s = (g[name].isel(part).values for g in (mean, sd))
         shift = (drawn.mean(0) - m) / s * np.sqrt(600)
-        # One, if all that differs is chance; more, for the few root points of the stored ones: of five seeds 0.98 to 1.22, subjects' means 1.27 to 1.53.
-        assert 0.9 < np.sqrt(np.mean(shift**2)) < (1.6 if name == "mu_subject" else 1.35)
+        assert 0.9 < np.sqrt(np.mean(shift**2)) < 1.35  # one, if all that differs is chance; a little more, for fixed root points in the stored ones
         ratio = drawn.std(0) / s
         assert abs(np.median(ratio) - 1) < 0.02
         assert np.mean(np.abs(ratio - 1) < 0.15) > 0.98

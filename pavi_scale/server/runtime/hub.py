@@ -44,6 +44,7 @@ from pavi_scale.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 Answers = list[dict[str, np.ndarray]]
+STARTING = 6.0  # seconds that closing waits for loops that just start: a fresh worker imports the package first
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Hub:
         for name in list(self._parked):
             self._reply(name, {"op": "stop"})
         # Loops that just start, or that are connecting again, are waited for: told nothing, they would look for the driver for a while.
-        until = time.monotonic() + 2 * self._heartbeat + 1.0
+        until = time.monotonic() + max(2 * self._heartbeat + 1.0, STARTING)
         while time.monotonic() < until and (self._lifelines or not all(loop.done() for label, loop in self._loops.items() if label not in self._told)):
             await asyncio.sleep(0.01)
         for task in self._background:
