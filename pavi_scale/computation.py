@@ -5,6 +5,7 @@ A task names ground units; a `StudyComputation` reads their data (and keeps them
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from pavi_scale.ahead import Ahead, key_of
 from pavi_scale.batching import Shard, closure, flat_positions, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
 from pavi_scale.elbo import Weights, correctors, local_elbo
-from pavi_scale.errors import NumericalError
+from pavi_scale.errors import CohortError, NumericalError
 from pavi_scale.guide.blocks import Block, Component, dense_units, inputs_of
 from pavi_scale.guide.correction import Corrections, observations
 from pavi_scale.guide.curvature import LocalModel
@@ -100,8 +101,7 @@ class StudyComputation:
         if key is not None:
             held = self._holding.get(key)
             found = held if isinstance(held, Reduced) else self.reduced(selection, names)
-            if isinstance(held, Mapping):
-                found.absorbed.update(held)
+            found.absorbed.update(held if isinstance(held, Mapping) else {})
             self._used.last = key, found
             return found
         wanted = names if names is not None else [v.name for v in self.graph.model.of_kind("observed", "covariate")]
@@ -130,12 +130,10 @@ class StudyComputation:
 
     def _piece(self, piece: Any, first: bool, state: Arrays) -> tuple[Reduced, bool]:
         self._settle()
-        if isinstance(piece, tuple):
-            reduced, first = self.shard({"shard": piece})[0], bool(piece[3])
-        else:
-            reduced = self.reduced(closure(self.layout, {str(self.settings.split): piece}), key=key_of(piece))
+        units = closure(self.layout, {str(self.settings.split): piece}) if isinstance(piece, np.ndarray) else None
+        reduced = self.shard({"shard": piece})[0] if units is None else self.reduced(units, key=key_of(piece))
         self.search_from(state, reduced)
-        return reduced, first
+        return reduced, bool(piece[3]) if units is None else first
 
     def per_chunk(self, reduced: Reduced) -> int:
         """Particles computed at once; laws that are summed up are not computed again."""
@@ -184,27 +182,24 @@ class StudyComputation:
     def kept_core(self, component: Component, reduced: Reduced, root: Mapping[str, Value], points: np.ndarray, *, keep: bool) -> Core:
         """The Gaussian core of a component at root points; kept with the reduced model where the same ones come back."""
         key = ("core", component.name, points.tobytes())
-        if key not in reduced.absorbed:
-            core = fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False)
-            if not keep:
-                return core
+        core: Core = reduced.absorbed.get(key) or fit_core(LocalModel(component, reduced, root, {}, len(points)), differentiable=False)
+        if keep:
             reduced.absorbed[key] = core
-        return reduced.absorbed[key]  # type: ignore[no-any-return]
+        return core
 
     def draws_per_unit(self, state: Arrays) -> int:
         """Candidates of one draw: fewer where those at hand are close to the posterior, or where a trained correction brings them close."""
-        trained = any(k.startswith("correction/") for k in state)
-        return min(self.guide.candidates, FEW_CANDIDATES if trained else int(state.get("draws", self.guide.candidates)))
+        few = any(k.startswith("correction/") for k in state)
+        return min(self.guide.candidates, FEW_CANDIDATES if few else int(state.get("draws", self.guide.candidates)))
 
     def prior_rows(self, block: Block, root: np.ndarray, count: int, seed: int) -> np.ndarray:
         """Initial free rows `[count, 2 d]`: near the conditional prior mean at a root point, with unit precision."""
         component = next(c for c in self.guide.components if block in c.blocks)
-        names = inputs_of(self.graph.model, component)
         selection = closure(self.layout, {p: np.arange(1) for p in splittable(self.graph.model, self.guide.components)})
         selection = Selection(self.layout, selection.units, selection.weight)
         with precision(self.dtype):
             values = self.space.values(torch.tensor(root[None], dtype=self.dtype))
-            start = LocalModel(component, self.reduced(selection, names), values, {}, 1).start()[block.name]
+            start = LocalModel(component, self.reduced(selection, inputs_of(self.graph.model, component)), values, {}, 1).start()[block.name]
             flat = torch.cat([LocalModel.columns_of(component, block, n, start) for n in block.latents], -1)[0, 0]
         noise = np.random.default_rng(seed).normal(size=(count, block.dim))
         return np.concatenate([flat.to(torch.float64).numpy() + 0.05 * noise, np.zeros((count, block.dim))], 1)
@@ -215,8 +210,7 @@ class StudyComputation:
         for block in self.guide.blocks:
             table = state.get(f"{kind}/{block.name}")
             if table is not None:
-                at = flat_positions(self.layout, selection, block)
-                out[block.name] = torch.tensor(table[at], dtype=self.dtype, requires_grad=grad)
+                out[block.name] = torch.tensor(table[flat_positions(self.layout, selection, block)], dtype=self.dtype, requires_grad=grad)
         return out
 
     def weights(self, state: Arrays, reduced: Reduced) -> Weights:
@@ -235,7 +229,7 @@ class StudyComputation:
 
     def compute(self, kind: str, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Answer one task of a round."""
-        with precision(self.dtype):
+        with precision(self.dtype) if kind != "fetch" else contextlib.nullcontext():  # which computes nothing, beside whoever does
             answer = getattr(self, f"task_{kind}", None)
             if answer is None:
                 raise NumericalError("unknown kind of task", got=kind)
@@ -259,11 +253,8 @@ class StudyComputation:
             )
             bounds.append(value.detach().to(torch.float64).numpy())
             if gradient:
-                if value.requires_grad:
-                    (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)
-                    grads.append(grad.to(torch.float64).numpy())
-                else:
-                    grads.append(np.zeros(z.shape))
+                moved = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)[0] if value.requires_grad else torch.zeros_like(z)
+                grads.append(moved.to(torch.float64).numpy())
         out = {"bound": np.concatenate(bounds)}
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
 
@@ -318,10 +309,9 @@ class StudyComputation:
             core = self.kept_core(component, reduced, root, state["points"], keep=not task["units"])
             for name, ratio in candidates(core, noise, 2, correctors(weights, reduced)).log_weight.items():
                 total = total + (ratio.mean((0, 1)) * reduced.weights(self.block(name).plates).flatten()).sum()
-        names = [n for n, p in corrections.named_parameters() if p.requires_grad]
         tensors = [p for p in corrections.parameters() if p.requires_grad] + list(residuals.values())
         grads = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
-        keys = [f"correction/{n}" for n in names] + [f"residual/{b}" for b in residuals]
+        keys = [f"correction/{n}" for n, p in corrections.named_parameters() if p.requires_grad] + [f"residual/{b}" for b in residuals]
         out = {f"grad/{k}": g.to(torch.float64).numpy() for k, g in zip(keys, grads, strict=True)}
         out.update({f"at/residual/{b}": flat_positions(self.layout, selection, self.block(b)) for b in residuals})
         return {"elbo": np.asarray(float(total.detach())), **out}
@@ -330,6 +320,16 @@ class StudyComputation:
         """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
         pieces = (self._piece(piece, bool(task["first"]) and number == 0, state) for number, piece in enumerate(self._ahead.each(task["pieces"])))
         return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
+
+    def task_fetch(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Read shards into what is kept, up to `task["room"]` bytes: later rounds find them there, and say what cannot be read."""
+        with contextlib.suppress(CohortError):
+            for piece in task["pieces"] if self._holding.nbytes < task["room"] else ():
+                self._piece(piece, False, state)[0].load()
+                self._settle()
+                if self._holding.get(key_of(piece)) is None:
+                    break
+        return {}
 
     def task_elbo(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Local part of the ELBO on a shard at root points `state["points"]`, one draw each: `[K]`."""

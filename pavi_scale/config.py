@@ -26,9 +26,10 @@ class FitOptions(Strict):
     Args:
         encoding: "auto", "free", "encoder", "hybrid", or a mapping from plates ("subject" or "subject, vertex") to one of these.
         memory: Limit on memory, as "4 GiB" or in bytes.
-        device: "auto", "cpu", "cuda".
+        device: "auto" or "cpu".
         max_time: Seconds after which the fit stops and can be resumed.
         seed: Seed of everything random.
+        staleness: Updates that the weights which a minibatch step reads may be behind.
         progress: Whether to show a progress bar.
     """
 
@@ -37,6 +38,7 @@ class FitOptions(Strict):
     device: str = "auto"
     max_time: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
+    staleness: int = Field(default=0, ge=0)
     progress: bool = True
 
     def arguments(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pavi_scale.computation import StudyComputation
 from pavi_scale.psis import khat
-from pavi_scale.server.protocol import Engine
+from pavi_scale.server.protocol import Asked, Engine
 
 SAMPLES = 128  # draws per unit: a tail of 26
 LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
@@ -22,12 +22,27 @@ PROBED = 2_000
 Table = tuple[tuple[str, ...], np.ndarray | float]  # dimensions and values
 
 
+def ask_ratios(computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], seed: int, tasks: Sequence[Mapping[str, Any]]) -> Asked | None:
+    """Ask for the importance weights of units at the middle of q(root); None where no component's could vary."""
+    if not any(c.finest for c in computation.guide.components):
+        return None
+    weight = state["pool/weight"]
+    point = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), 0.5).clip(0, len(weight) - 1))]]
+    return engine.submit("ratios", {**state, "points": point}, [{**task, "samples": SAMPLES, "seed": seed} for task in few(computation, tasks)])
+
+
 def diagnose(
-    computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], facts: Mapping[str, Any], seed: int, tasks: Sequence[Mapping[str, Any]],
+    computation: StudyComputation, answers: Sequence[Mapping[str, np.ndarray]], state: Mapping[str, np.ndarray], facts: Mapping[str, Any]
 ) -> tuple[str, dict[str, Table]]:
     """Status and the arrays of the group `diagnostics`: `khat` of the finest block, `khat_<block>` of each, `khat_root`.
 
     Linear-Gaussian components have constant importance weights: k-hat -1, nothing is computed.
+
+    Args:
+        computation: Of the study.
+        answers: To `ask_ratios`.
+        state: The trained state.
+        facts: What training found of itself.
     """
     guide, layout = computation.guide, computation.layout
     tables: dict[str, np.ndarray] = {}
@@ -39,20 +54,16 @@ def diagnose(
             plates[name] = block.plates
             value = -1.0 if component.quadratic and not block.free else np.nan
             tables[name] = np.full([layout.cardinality[p] for p in block.plates], value)
-    if any(c.finest for c in guide.components):
-        weight = state["pool/weight"]
-        point = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), 0.5).clip(0, len(weight) - 1))]]
-        # A draw is one of several candidates: it is good enough if some of them carry the weight.
-        enough = min(EFFICIENT, EFFECTIVE / max(1, computation.draws_per_unit(state)))
-        for task in few(computation, tasks):
-            (answer,) = engine.round("ratios", {**state, "points": point}, [{**task, "samples": SAMPLES, "seed": seed}])
-            for key, ratios in answer.items():
-                if key.startswith("ratio/"):
-                    name = f"khat_{key.removeprefix('ratio/').replace('*', '_')}"
-                    at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
-                    tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
-                    w = np.exp(ratios - ratios.max(0))
-                    poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < enough * len(w) * (w * w).sum(0)))
+    # A draw is one of several candidates: it is good enough if some of them carry the weight.
+    enough = min(EFFICIENT, EFFECTIVE / max(1, computation.draws_per_unit(state)))
+    for answer in answers:
+        for key, ratios in answer.items():
+            if key.startswith("ratio/"):
+                name = f"khat_{key.removeprefix('ratio/').replace('*', '_')}"
+                at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
+                tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
+                w = np.exp(ratios - ratios.max(0))
+                poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < enough * len(w) * (w * w).sum(0)))
     root = facts.get("khat_root")
     found: dict[str, Table] = {n: (plates[n], v) for n, v in tables.items()}
     found["khat_root"] = (), float("nan") if root is None else float(np.clip(root, -1.0, 10.0))

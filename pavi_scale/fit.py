@@ -37,6 +37,7 @@ from pavi_scale.watching import Watch
 from pavi_scale.writing import load_context, write_posterior
 
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
+MOST_STALE = 8  # updates: less than good steps between two kept copies of the weights (`nonfinite`), so that one of them is from before a bad one
 TRACED = 256  # root coordinates up to which q(root) is kept with the trace
 CHECKED_FIRST = 64 << 20  # bytes of a variable up to which it is read once, for bad values, before anything is computed
 
@@ -52,6 +53,7 @@ def fit(
     memory: str | int = "4 GiB",
     device: str = "auto",
     max_time: float | None = None,
+    staleness: int = 0,
     progress: bool = True,
 ) -> Posterior:
     """Fit a model to a cohort by plate-amortised variational inference.
@@ -66,6 +68,8 @@ def fit(
         memory: Bytes allowed per process, such as "4 GiB"; a fit that would need more is refused.
         device: "auto" or "cpu".
         max_time: Seconds after which training stops (the posterior is still written; its status may be "unconverged").
+        staleness: Updates that the weights which a minibatch step reads may be behind, so that this many more steps are computed at the same time;
+            0 waits for each. Only learned corrections have such steps: whatever is summed over the whole cohort is summed at one state.
         progress: Whether to show progress on standard error.
 
     Returns:
@@ -86,8 +90,10 @@ def fit(
         0.75
     """
     began = time.monotonic()
-    check_options(seed, max_time, device)
-    config = {"seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time}
+    check_options(seed, max_time, device, staleness)
+    config = {
+        "seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time, "staleness": int(staleness),
+    }
     if not isinstance(model, Model):
         raise ModelError("the first argument is not a model", expected="pavi_scale.Model", got=type(model).__name__)
     opened = open_cohort(cohort, model)
@@ -141,12 +147,14 @@ def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -
     return Posterior.open(directory, load_context(str(directory.path), model))
 
 
-def check_options(seed: int, max_time: float | None, device: str) -> None:
+def check_options(seed: int, max_time: float | None, device: str, staleness: int = 0) -> None:
     """Refuse options that mean nothing."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InputError("the seed must be a non-negative integer", where="seed", got=repr(seed))
     if max_time is not None and (isinstance(max_time, bool) or not isinstance(max_time, (int, float)) or not max_time > 0):
         raise InputError("the time allowed must be a positive number of seconds, or None", where="max_time", got=repr(max_time))
+    if isinstance(staleness, bool) or not isinstance(staleness, (int, np.integer)) or not 0 <= staleness <= MOST_STALE:
+        raise InputError("the staleness is a number of updates", where="staleness", expected=f"an integer from 0 to {MOST_STALE}", got=repr(staleness))
     if device not in ("auto", "cpu"):
         raise InputError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
 
@@ -193,7 +201,7 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec, study.plan.lanes)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
-        with terminable(), Progress(progress) as shown, Watch(run, shown, getattr(engine, "meter", None)) as bar:
+        with terminable(), Progress(progress) as shown, Watch(run, shown, getattr(engine, "meter", None), getattr(engine, "publish", None)) as bar:
             state, facts = train(run, study, computation, engine, config, (began, deadline), bar)
             bar.stage("posterior")
             facts |= write_posterior(run, study, computation, engine, state, facts, config)
@@ -234,7 +242,7 @@ def train(
         if facts["phase"] != "training":
             return tensors, facts
         resumed = (tensors, int(facts["step"]))
-    trainer = Trainer(computation, engine, int(config["seed"]), deadline, bar.update, began)
+    trainer = Trainer(computation, engine, int(config["seed"]), deadline, bar.update, began, int(config.get("staleness", 0)))
     if study.settings.free:
         def checkpoint(state: dict[str, np.ndarray], step: int) -> None:
             run.commit(state, {"phase": "training", "step": step, "trace": finite_trace(trainer.trace), "trace_seconds": trainer.seconds})
@@ -247,7 +255,7 @@ def train(
         fitted = trainer.marginal(study.trained)
     facts = {**facts_of(fitted, time.monotonic() - began, deadline), "skipped": trainer.skips.total}
     run.commit(fitted.state, facts)
-    run.log("trained", seconds=facts["seconds"], converged=facts["converged"], skipped=facts["skipped"])
+    run.log("trained", seconds=facts["seconds"], converged=facts["converged"], skipped=facts["skipped"], staleness=trainer.oldest)
     return fitted.state, facts
 
 

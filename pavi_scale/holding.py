@@ -64,5 +64,11 @@ class Holding:
             else:
                 self._held[key] = {k: a.moved(self._arena) for k, a in reduced.absorbed.items()}, size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        with self._lock:
+            return self._total()
+
     def _total(self) -> int:
         return sum(size for _, size in self._held.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
@@ -40,7 +41,7 @@ class IsotropicNormalMixture(Distribution):
         self.scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device) if not isinstance(scale, Tensor) else scale
         if loc.ndim < 2 or logits.ndim < 1 or logits.shape[-1] != loc.shape[-2]:
             raise ValueError(f"expected logits [..., K] and loc [..., K, D], got {tuple(logits.shape)} and {tuple(loc.shape)}")
-        batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2], self.scale.shape)
+        batch = torch.Size(np.broadcast_shapes(logits.shape[:-1], loc.shape[:-2], self.scale.shape))
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
     @property

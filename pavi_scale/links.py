@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pavi_scale.errors import ModelError
 
@@ -41,9 +42,9 @@ class Link:
     def identity(self) -> bool:
         """Whether theta = z."""
         base = self.transform
-        while isinstance(base, torch.distributions.transforms.IndependentTransform):
+        while isinstance(base, IndependentTransform):
             base = base.base_transform
-        return isinstance(base, torch.distributions.transforms.ComposeTransform) and not base.parts
+        return isinstance(base, ComposeTransform) and not base.parts
 
     def forward(self, z: Tensor) -> Tensor:
         """Theta of z, `[..., *base_shape]` -> `[..., *event_shape]`."""
@@ -58,6 +59,20 @@ class Link:
         value = self.transform.log_abs_det_jacobian(z, theta)
         extra = value.ndim - (z.ndim - len(self.base_shape))
         return value.sum(tuple(range(value.ndim - extra, value.ndim))) if extra else value
+
+
+def _base_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """As `transform.inverse_shape`, but that affine parts are not broadcast by torch, which imports a computer algebra system for it (half a second)."""
+    match transform:
+        case ComposeTransform():
+            for part in reversed(transform.parts):
+                shape = _base_shape(part, shape)
+            return shape
+        case IndependentTransform():
+            return _base_shape(transform.base_transform, shape)
+        case AffineTransform():
+            return np.broadcast_shapes(shape, *(tuple(getattr(number, "shape", ())) for number in (transform.loc, transform.scale)))
+    return tuple(transform.inverse_shape(torch.Size(shape)))
 
 
 def make_link(support: constraints.Constraint, event_shape: tuple[int, ...], name: str) -> Link:
@@ -77,4 +92,4 @@ def make_link(support: constraints.Constraint, event_shape: tuple[int, ...], nam
         raise ModelError(
             "no bijection onto the support of this latent", where=f"latent {name!r}", expected="real, positive, interval, simplex, ...", got=str(support)
         ) from error
-    return Link(transform, tuple(event_shape), tuple(transform.inverse_shape(torch.Size(event_shape))))
+    return Link(transform, tuple(event_shape), _base_shape(transform, tuple(event_shape)))

@@ -71,6 +71,7 @@ class _Cohort(BaseModel):
 class _Config(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     seed: int = Field(ge=0)
+    staleness: int = Field(default=0, ge=0)
     encoding: str | dict[str, str]
     memory: str | int
     max_time: float | None = None

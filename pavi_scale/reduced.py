@@ -64,6 +64,11 @@ class Reduced:
                     self._index.pop(pair, None)
                 self._weights.pop(plates, None)
 
+    def load(self) -> None:
+        """Have all data read now."""
+        for name in self.data.known:
+            self.data[name]
+
     def _held(self) -> list[Tensor]:
         return [t for t in (*list(self._index.values()), *list(self._weights.values())) if t is not None]
 
@@ -179,6 +184,11 @@ class _Data(dict[str, Tensor]):
     def __init__(self, source: Mapping[str, Tensor], prepare: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__()
         self._source, self._prepare = source, prepare
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names that may be asked for."""
+        return tuple(self._source)
 
     def __missing__(self, name: str) -> Tensor:
         self[name] = self._prepare(name, self._source[name])

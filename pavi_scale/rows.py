@@ -151,6 +151,10 @@ class Rows:
         """
         study, seed = self.trainer.study, self.trainer.seed
         if (small := miniature(study, seed)) is not None:
+            # The driver is busy for seconds: meanwhile shards are read that will be kept beside the growing selections, most likely by who is asked for them.
+            room = study.settings.cache_bytes - study.cohort.nbytes / (GROWTH - 1) / self.trainer.engine.processes
+            if room > 0:
+                self.trainer.engine.submit("fetch", {}, [{"pieces": pieces, "room": room} for pieces in self.parts(self.pieces(self.count))])
             with LocalEngine(Ready(small)) as engine:
                 found_there, root = Rows(replace(self.trainer, study=small, engine=engine), least=1, prior=self.draws).search()  # nobody shares its rounds
             fresh = self.upper.initial(root, self.rows_at(root, 0))
@@ -211,22 +215,25 @@ class Rows:
                 return found
         raise self.trainer.nowhere_finite(centre.root)
 
+    def pieces(self, size: int) -> list[Any]:
+        """What a round looks at, piece by piece: shards of the whole, or the first units of the order."""
+        length = max(1, min(shard_length(self.trainer.study), -(-size // self.least)))
+        if size == self.count:
+            return [(s.plate, s.start, s.stop, s.first) for s in shards(self.trainer.study.layout, self.split, length)]
+        units = np.sort(self.order[:size])
+        return [units[a : a + length] for a in range(0, size, length)]
+
+    def parts(self, pieces: list[Any]) -> list[list[Any]]:
+        """Pieces by task."""
+        per = -(-len(pieces) // TASKS)
+        return [pieces[a : a + per] for a in range(0, len(pieces), per)]
+
     def ask(self, size: int, centre: Centre, step: int, spread: float, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One round of scores, summed in the order of its tasks."""
-        study = self.trainer.study
-        length = shard_length(study)
-        if size == self.count:
-            found = shards(study.layout, self.split, max(1, min(length, -(-self.count // self.least))))
-            pieces: list[Any] = [(s.plate, s.start, s.stop, s.first) for s in found]
-        else:
-            units = np.sort(self.order[:size])
-            length = max(1, min(length, -(-size // self.least)))
-            pieces = [units[a : a + length] for a in range(0, size, length)]
-        per = -(-len(pieces) // TASKS)
-        apart = 1 < len(self.upper.told) <= APART and not more
+        parts, apart = self.parts(self.pieces(size)), 1 < len(self.upper.told) <= APART and not more
         tasks = [
-            {"pieces": pieces[a : a + per], "first": a == 0, "apart": apart, "seed": stream(self.trainer.seed, "score", step, a) % 2**62}
-            for a in range(0, len(pieces), per)
+            {"pieces": pieces, "first": i == 0, "apart": apart, "seed": stream(self.trainer.seed, "score", step, i * len(parts[0])) % 2**62}
+            for i, pieces in enumerate(parts)
         ]
         state = {f"centre/{b}": x for b, x in centre.loc.items()} | {f"spread/{b}": spread * x for b, x in centre.sd.items()}
         state |= {**self.starts, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}

@@ -27,6 +27,7 @@ from pavi_scale.guide.local import candidates, draw, fit_core, resample
 from pavi_scale.guide.parents import Parents
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
+from pavi_scale.server.answer import settle_threads
 from pavi_scale.settings import precision
 
 
@@ -156,7 +157,7 @@ class GuideSampler:
         some(0, first)  # reads the data
         rest = range(first, len(draws), size)
         if held and len(rest) > 1:  # the loops over leaves let other threads run
-            with ThreadPoolExecutor(os.cpu_count() or 1, "pavi-draw", torch.set_num_threads, (1,)) as pool:
+            with ThreadPoolExecutor(os.cpu_count() or 1, "pavi-draw", settle_threads, (1,)) as pool:
                 list(pool.map(some, rest))
         else:
             for start in rest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from pavi_scale.rng import stream
 from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
+from pavi_scale.server.window import Order, lagged
 from pavi_scale.settings import precision
 from pavi_scale.starts import highest, start_points
 
@@ -97,6 +98,7 @@ class Trainer:
         deadline: `time.monotonic()` by which training should end.
         report: Told of progress.
         began: `time.monotonic()` that the trace's seconds count from.
+        staleness: Updates of learned corrections that the weights which a step reads may be behind; 0 waits for each step.
     """
 
     study: StudyComputation
@@ -105,10 +107,12 @@ class Trainer:
     deadline: float
     report: Report
     began: float = field(default_factory=time.monotonic)
+    staleness: int = 0
     trace: list[tuple[str, float]] = field(default_factory=list)
     state: dict[str, np.ndarray] = field(default_factory=dict)
     modes: int = 1
     missed: float = 0.0
+    oldest: int = 0
     explored: dict[bytes, tuple[dict[str, np.ndarray], float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     history: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -332,16 +336,22 @@ class Trainer:
             return
         self.state.update(initial)
         adam = Adam(rate=5e-3)
+        for reply in lagged(self.engine, self.staleness, self._steps(points, steps)):
+            (answer,), (point, share) = reply.answers, reply.note
+            self.oldest = max(self.oldest, reply.age)
+            self._ascend(adam, answer, point, 5e-3 * 0.5 * (1 + math.cos(math.pi * share)))
+            self.tell("correct", float(answer["elbo"]))
+
+    def _steps(self, points: np.ndarray, steps: int) -> Iterator[Order]:
+        """Gradients of the corrections on random selections, at the weights as they are when each is asked for."""
         source = self._batches(40_000)
         for step in range(steps):
             if time.monotonic() > self.deadline:
                 break
-            at = np.arange(4) + 4 * (step % 4)  # sixteen root points take turns, so that their cores can be kept
+            at = (np.arange(4) + 4 * (step % 4)) % len(points)  # sixteen root points take turns, so that their cores can be kept
             units, weight = next(source)
             task = {"units": units, "weight": weight, "seed": stream(self.seed, "correct", step) % 2**62}
-            (answer,) = self.engine.round("correct", {**self.state, "points": points[at % len(points)]}, [task])
-            self._ascend(adam, answer, points[at[0] % len(points)], 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-            self.tell("correct", float(answer["elbo"]))
+            yield Order("correct", {**self.state, "points": points[at]}, [task], (points[at[0]], step / steps))
 
     def _ascend(self, adam: Adam, answer: Mapping[str, np.ndarray], point: np.ndarray, rate: float) -> None:
         adam.rate = rate

@@ -6,7 +6,9 @@ import contextlib
 import math
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from pavi_scale.errors import RunError
 from pavi_scale.progress import Progress
@@ -26,11 +28,12 @@ class Watch:
         run: The run.
         bar: The progress bar.
         meter: Of the engine's workers; None in process.
+        publish: Shows the same figures as the log elsewhere, and says where; None where there is no such place.
     """
 
-    def __init__(self, run: Run, bar: Progress, meter: Meter | None) -> None:
-        self._run, self._bar, self._meter = run, bar, meter
-        self._steps, self._last = 0, ("start", math.nan)
+    def __init__(self, run: Run, bar: Progress, meter: Meter | None, publish: Callable[[dict[str, Any]], str] | None = None) -> None:
+        self._run, self._bar, self._meter, self._publish = run, bar, meter, publish
+        self._steps, self._last, self._page = 0, ("start", math.nan), ""
         self._logged = time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -66,12 +69,17 @@ class Watch:
             return
         self._logged = now
         stage, value = self._last
-        figures = {} if self._meter is None else self._meter.snapshot(now)
+        figures: dict[str, Any] = {} if self._meter is None else self._meter.snapshot(now)
         if figures:
             waiting = figures.get("waiting", {"mean": 0.0})["mean"]
             self._bar.note(f"{figures['workers']} workers, {figures.get('tasks_per_second', 0.0):.1f} tasks/s, waiting {100 * waiting:.0f} %")
+        figures = {"stage": stage, "step": self._steps, "elbo": value if math.isfinite(value) else None, **figures}
+        page = self._publish({"fit": str(self._run.path), **figures}) if self._publish is not None else ""
         with contextlib.suppress(RunError):
-            self._run.log("progress", stage=stage, step=self._steps, elbo=value if math.isfinite(value) else None, **figures)
+            if page != self._page:
+                self._page = page
+                self._run.log("page", address=page)
+            self._run.log("progress", **figures)
 
     def __enter__(self) -> Watch:
         if self._thread is not None:

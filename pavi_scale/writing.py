@@ -13,7 +13,7 @@ import torch
 from pavi_scale import rng
 from pavi_scale.cohort import Origin, open_cohort
 from pavi_scale.computation import StudyComputation
-from pavi_scale.diagnosing import diagnose
+from pavi_scale.diagnosing import ask_ratios, diagnose
 from pavi_scale.errors import RunError
 from pavi_scale.guide.blocks import dense_units
 from pavi_scale.marginal import Pool
@@ -52,13 +52,15 @@ def write_posterior(
     count = max(limits.values(), default=1)
     picks = pool.resample(spread(min(limits.values(), default=count), count))
     answers = engine.round("moments", {**state, "points": state["pool/points"][picks]}, [{**t, "limits": limits} for t in tasks])
-    if held := gather_held(study, answers):
-        state.update(held)
+    held = gather_held(study, answers)
+    state.update(held)
+    ratios = ask_ratios(computation, engine, state, int(config["seed"]), trainer.tasks())  # while the driver writes
+    if held:
         # Draws of few units take well below a second: the loop that makes their normals is compiled now, once per installation, not in the first of them.
         rng.normal(0, np.arange(1), dtype=np.float32 if study.settings.dtype == "float32" else np.float64)
     write_root(writer, computation, state)
     write_returned(writer, study, answers)
-    status, tables = diagnose(computation, engine, state, facts, int(config["seed"]), trainer.tasks())
+    status, tables = diagnose(computation, [] if ratios is None else ratios.result(), state, facts)
     labels = {p: study.cohort.coordinate(p) for p in sorted({p for dims, _ in tables.values() for p in dims})}
     writer.put("diagnostics", table_group(tables, {p: label for p, label in labels.items() if label is not None}))
     writer.put("fit", trace_group(facts["trace"], facts.get("history", {})))

@@ -63,7 +63,7 @@ def sbc(
         seed: Seed of everything random.
         run: Folder whose subfolder `sbc` keeps what is finished: the same call goes on there after an interruption, or with more runs.
         progress: Whether to show progress on standard error.
-        **options: Options of `fit`: `encoding`, `memory`, `device`, `client`, `max_time`.
+        **options: Options of `fit`: `encoding`, `memory`, `device`, `client`, `max_time`, `staleness`.
 
     Returns:
         The ranks; `calibrated()`, `table()` and `plot()` tell what they mean.
@@ -108,8 +108,8 @@ def _check(model: Model, counts: Mapping[str, int], options: Mapping[str, Any]) 
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least[name] <= value <= most.get(name, 2**63 - 1):
             expected = f"an integer from {least[name]}" + (f" to {most[name]}" if name in most else " on")
             raise InputError("a number is no integer or out of range", where=f"{name}=", expected=expected, got=repr(value))
-    if unknown := set(options) - {"encoding", "memory", "device", "client", "max_time"}:
-        raise InputError("unknown option of a fit", where="sbc", expected="encoding, memory, device, client or max_time", got=sorted(unknown))
+    if unknown := set(options) - {"encoding", "memory", "device", "client", "max_time", "staleness"}:
+        raise InputError("unknown option of a fit", where="sbc", expected="encoding, memory, device, client, max_time or staleness", got=sorted(unknown))
     if not model.latents:
         raise ModelError("the model has no latent variable to rank", where="sbc")
 

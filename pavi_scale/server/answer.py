@@ -62,6 +62,16 @@ def answer(computation: Computation, kind: str, state: Mapping[str, np.ndarray],
     return arrays
 
 
+def settle_threads(count: int | None) -> None:
+    """Fix torch's thread count of this thread for good; None leaves it.
+
+    Each thread takes its first count from whoever set one last, anywhere, when it first looks: it must look before it sets.
+    """
+    torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
     """Run the body with torch's thread count set to `count` (None: as it is); the former count comes back afterwards."""

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 
 from pavi_scale.errors import PaviError, WorkerError
-from pavi_scale.server.answer import align_all, answer, torch_threads
-from pavi_scale.server.protocol import Computation, Spec
+from pavi_scale.server.answer import align_all, answer, settle_threads, torch_threads
+from pavi_scale.server.protocol import Asked, Computation, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A round that the pool works on."""
+
+    futures: list[Future[dict[str, np.ndarray]]]
+
+    def result(self) -> list[dict[str, np.ndarray]]:
+        """Its answers, in task order."""
+        try:
+            return [f.result() for f in self.futures]
+        except CancelledError as error:
+            raise WorkerError("the engine was closed during a round", where="LocalEngine") from error
+        finally:
+            for f in self.futures:  # nothing of a failed or interrupted round is begun any more
+                f.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A round that was answered when it was asked for."""
+
+    answers: list[dict[str, np.ndarray]]
+
+    def result(self) -> list[dict[str, np.ndarray]]:
+        """Its answers, in task order."""
+        return self.answers
 
 
 class LocalEngine:
@@ -39,17 +67,17 @@ class LocalEngine:
         self._lanes = max(1, lanes)
         with torch_threads(self._threads):
             self._computation: Computation | None = spec.build()
-        self._pool = ThreadPoolExecutor(self._lanes, "pavi-lane", initializer=self._settle) if self._lanes > 1 else None
-
-    def _settle(self) -> None:
-        """torch's thread count belongs to the thread that sets it."""
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
+        self._pool = ThreadPoolExecutor(self._lanes, "pavi-lane", initializer=settle_threads, initargs=(self._threads,)) if self._lanes > 1 else None
 
     @property
     def parallelism(self) -> int:
         """Tasks that run at the same time."""
         return self._lanes
+
+    @property
+    def processes(self) -> int:
+        """Computations, each with memory of its own."""
+        return 1
 
     def round(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The answers to `tasks`, in their order.
@@ -63,18 +91,21 @@ class LocalEngine:
             PaviError: As raised by the computation, of the first task that failed.
             WorkerError: The computation raised anything else (chained), or the engine is closed.
         """
+        return self.submit(kind, state, tasks).result()
+
+    def submit(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Asked:
+        """Ask, and wait later; with one lane the answers are there at once. Arguments and errors as those of `round`."""
+        if self._pool is None or self._computation is None:
+            return Done(self._here(kind, state, tasks))
+        arrays = align_all(state)
+        return Begun([self._pool.submit(self._one, kind, arrays, task, index) for index, task in enumerate(tasks)])
+
+    def _here(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
         if self._computation is None:
             raise WorkerError("the engine is closed", where="LocalEngine.round", remedy="make a new one")
         arrays = align_all(state)
-        if self._pool is None or len(tasks) < 2:
-            with torch_threads(self._threads):
-                return [self._one(kind, arrays, task, index) for index, task in enumerate(tasks)]
-        futures = [self._pool.submit(self._one, kind, arrays, task, index) for index, task in enumerate(tasks)]
-        try:
-            return [f.result() for f in futures]
-        finally:
-            for f in futures:  # nothing of a failed or interrupted round is begun any more
-                f.cancel()
+        with torch_threads(self._threads):
+            return [self._one(kind, arrays, task, index) for index, task in enumerate(tasks)]
 
     def _one(self, kind: str, arrays: Mapping[str, np.ndarray], task: Mapping[str, Any], index: int) -> dict[str, np.ndarray]:
         if self._computation is None:

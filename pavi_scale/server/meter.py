@@ -15,6 +15,8 @@ from pavi_scale.server.protocol import (
     FailRound,
     Ignore,
     Instruction,
+    RoundCancelled,
+    RoundStarted,
     TaskDone,
     TaskFailed,
     WorkerJoined,
@@ -39,6 +41,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.rounds = self.tasks = 0
+        self._open = 0
         self.ignored: Counter[str] = Counter()
         self._workers: dict[str, Share] = {}
         self._lost: dict[tuple[int, int], float] = {}
@@ -56,6 +59,10 @@ class Meter:
                 self._leave(worker, reason, now)
             case TaskDone() if not ignored:
                 self._done(event, now)
+            case RoundStarted():
+                self._open += 1
+            case RoundCancelled():
+                self._open = 0
         for instruction in out:
             match instruction:
                 case Assign():
@@ -70,10 +77,13 @@ class Meter:
                     self.ignored[reason] += 1
                 case FailRound(error=error):
                     self._tell("round failed", error=str(error))
-        if any(isinstance(instruction, CompleteRound | FailRound) for instruction in out):
-            self._lost.clear()
+        ended = {instruction.round for instruction in out if isinstance(instruction, CompleteRound | FailRound)}
+        self._open = max(0, self._open - len(ended))
+        if ended:
+            self._lost = {lease: since for lease, since in self._lost.items() if lease[0] not in ended}
             for share in self._workers.values():
-                self._release(share, now)
+                if share.lease is not None and share.lease[0] in ended:
+                    self._release(share, now)
 
     def _tell(self, event: str, **fields: Any) -> None:
         self._news.append({"event": event, **fields})
@@ -115,13 +125,14 @@ class Meter:
     def snapshot(self, now: float) -> dict[str, Any]:
         """Workers, rounds and tasks so far, both per second since the last snapshot, and the share of its time that each worker has waited for a task.
 
-        `ignored` counts messages that had no effect, by reason: repeated, late, from workers that had expired.
+        `ahead` is how many rounds are open beside the oldest one, as by staleness; `ignored` counts messages that had no effect, by reason: repeated,
+        late, from workers that had expired.
         """
         waiting = {name: round(self._waiting(share, now), 3) for name, share in list(self._workers.items())}
         then, tasks, rounds = self._before
         self._before = (now, self.tasks, self.rounds)
         seconds = max(now - then, 1e-9)
-        found: dict[str, Any] = {"workers": len(waiting), "rounds": self.rounds, "tasks": self.tasks}
+        found: dict[str, Any] = {"workers": len(waiting), "rounds": self.rounds, "tasks": self.tasks, "ahead": max(0, self._open - 1)}
         if self.ignored:
             found["ignored"] = dict(self.ignored)
         if then:

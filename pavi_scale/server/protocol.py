@@ -25,6 +25,13 @@ class Spec(Protocol):
         """The computation, with whatever it opens or holds."""
 
 
+class Asked(Protocol):
+    """A round that was asked for."""
+
+    def result(self) -> list[dict[str, np.ndarray]]:
+        """Its answers, in task order; blocks until they are there."""
+
+
 class Engine(Protocol):
     """Answers rounds."""
 
@@ -32,8 +39,15 @@ class Engine(Protocol):
     def parallelism(self) -> int:
         """Tasks that run at the same time."""
 
+    @property
+    def processes(self) -> int:
+        """Computations, each with memory of its own."""
+
     def round(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The answers to `tasks`, in their order."""
+
+    def submit(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Asked:
+        """Ask, and wait later: rounds that are open at the same time share the workers, the oldest first. `state` must not change before its end."""
 
     def close(self) -> None:
         """Give everything back; can be called twice."""
@@ -50,7 +64,7 @@ class RoundStarted:
 
 @dataclass(frozen=True, slots=True)
 class RoundCancelled:
-    """The driver gives the present round up."""
+    """The driver gives the open rounds up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,12 +116,14 @@ class Simulation:
         fleet: Who computes.
         rounds: How many.
         seed: Of times and preemptions.
+        staleness: Rounds that are open ahead of the oldest one; each reads the state as it is then.
     """
 
     costs: Costs
     fleet: Fleet
     rounds: int = 5
     seed: int = 0
+    staleness: int = 0
     server: ServerState = field(default_factory=lambda: ServerState(max_losses=10**6, patience=1e9))
     meter: Meter = field(default_factory=Meter)
 
@@ -131,7 +133,8 @@ class Simulation:
         self._order, self._now = itertools.count(), 0.0
         self._free: defaultdict[str, float] = defaultdict(float)
         self._busy: defaultdict[str, float] = defaultdict(float)
-        self._useful, self._finished, self._lost = 0.0, 0, 0
+        self._useful, self._asked, self._applied, self._lost = 0.0, 0, 0, 0
+        self._answered: set[int] = set()
         slow = round(self.fleet.stragglers * self.fleet.workers)
         self._workers = {n: _Worker(n, self.fleet.slowness if n < slow else 1.0) for n in range(self.fleet.workers)}
         self._spent: dict[tuple[int, int, int], float] = {}
@@ -142,13 +145,14 @@ class Simulation:
         Raises:
             PaviError: A round failed: a defect of the state machine.
         """
-        self._at(0.0, self._start)
+        for _ in range(1 + self.staleness):
+            self._at(0.0, self._start)
         for worker in self._workers.values():
             self._at(0.0, lambda w=worker: self._join(w))  # type: ignore[misc]
         self._at(HEARTBEAT, self._beat)
         if self.fleet.preemptions > 0:
             self._at(float(self._rng.exponential(60.0 / self.fleet.preemptions)), self._preempt)
-        while self._finished < self.rounds:
+        while self._applied < self.rounds:
             self._now, _, action = heapq.heappop(self._queue)
             action()
         seconds = max(self._now, 1e-12)
@@ -176,15 +180,18 @@ class Simulation:
             match instruction:
                 case Assign():
                     self._send(instruction)
-                case CompleteRound():
-                    self._finished += 1
-                    self._at(self._serve("reduction", self.costs.reduce_seconds * self.costs.tasks, 0.0), self._start)
+                case CompleteRound(round=number):
+                    self._answered.add(number)
+                    while self._applied + 1 in self._answered:  # in the order in which they were asked for
+                        self._applied += 1
+                        self._at(self._serve("reduction", self.costs.reduce_seconds * self.costs.tasks, 0.0), self._start)
                 case FailRound(error=error):
                     raise PaviError("a simulated round failed", where=f"round {instruction.round}", got=error)
 
     def _start(self) -> None:
-        if self._finished < self.rounds:
-            self._handle(RoundStarted("simulated", self._finished + 1, self.costs.tasks))
+        if self._asked < self.rounds:
+            self._asked += 1
+            self._handle(RoundStarted("simulated", self._asked, self.costs.tasks))
 
     def _join(self, worker: _Worker) -> None:
         worker.life, worker.seq, worker.holds = worker.life + 1, 0, 0
@@ -199,8 +206,8 @@ class Simulation:
     def _send(self, lease: Assign) -> None:
         """The order waits for the event loop, then for the link; then the worker computes."""
         worker = self._workers[int(lease.worker[1:].partition("#")[0])]
-        size = 1000.0 + (self.costs.state_bytes if worker.holds != self._finished + 1 else 0.0)
-        worker.holds = self._finished + 1
+        size = 1000.0 + (self.costs.state_bytes if worker.holds != lease.round else 0.0)
+        worker.holds = lease.round
         packed = self._serve("event loop", 0.5 * self.costs.exchange_seconds + size * self.costs.byte_seconds, 0.0)
         sent = self._serve("link out", self._wire(size), packed)
         spread = self.costs.spread
@@ -241,7 +248,7 @@ class Simulation:
         self._at(float(self._rng.exponential(60.0 / self.fleet.preemptions)), self._preempt)
 
 
-def simulate(costs: Costs, fleet: Fleet, rounds: int = 5, seed: int = 0) -> Outcome:
+def simulate(costs: Costs, fleet: Fleet, rounds: int = 5, seed: int = 0, staleness: int = 0) -> Outcome:
     """Play some rounds.
 
     Args:
@@ -249,6 +256,7 @@ def simulate(costs: Costs, fleet: Fleet, rounds: int = 5, seed: int = 0) -> Outc
         fleet: Who computes.
         rounds: How many.
         seed: Of times and preemptions.
+        staleness: Rounds that are open ahead of the oldest one.
 
     Example:
         >>> alone = simulate(Costs(tasks=64, task_seconds=0.1), Fleet(workers=1))
@@ -256,4 +264,4 @@ def simulate(costs: Costs, fleet: Fleet, rounds: int = 5, seed: int = 0) -> Outc
         >>> 7.0 < alone.round_seconds / many.round_seconds < 8.0
         True
     """
-    return Simulation(costs, fleet, rounds, seed).run()
+    return Simulation(costs, fleet, rounds, seed, staleness).run()

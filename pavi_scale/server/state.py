@@ -2,8 +2,10 @@
 
 A **round** is a kind, a state version and a number of tasks. Each task is leased to one worker under a fencing token; a lease lives as
 long as its worker sends heartbeats. Whatever the order, loss or repetition of messages, a task's result is taken exactly once: under the
-token of its present lease. A dead worker's lease goes back to the queue. The machine holds no payloads and no clock: `now` comes with each
-event, results are opaque references. So the same machine runs under Dask, in a simulation and in a property test.
+token of its present lease. A dead worker's lease goes back to the queue. Several rounds may be open, as many as the driver has asked for without
+waiting: tasks of the oldest are leased first, and a worker that would wait for its end begins with the next. The machine holds
+no payloads and no clock: `now` comes with each event, results are opaque references. So the same machine runs under Dask, in a simulation and in a
+property test.
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ CUTS = 10  # broken connections that are borne for each death
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right of one worker to answer one task of the present round."""
+    """The right of one worker to answer one task of an open round."""
 
     token: int
     worker: str
+    round: int
     index: int
 
 
@@ -68,7 +71,7 @@ class Worker:
 
 @dataclass(slots=True)
 class Round:
-    """The round under way. Every task is in exactly one of `queues`, `leases`, `results`."""
+    """An open round. Every task is in exactly one of `queues`, `leases`, `results`."""
 
     number: int
     kind: str
@@ -131,7 +134,7 @@ class ServerState:
         self.patience = timeout if patience is None else patience
         self.timeout, self.startup, self.max_losses = timeout, startup, max_losses
         self.workers: dict[str, Worker] = {}
-        self.round: Round | None = None
+        self.open: dict[int, Round] = {}  # by number: the oldest first
         self.rounds = 0
         self.journal: deque[str] = deque(maxlen=20)
         self._token = 0
@@ -145,16 +148,13 @@ class ServerState:
         Args:
             event: What happened.
             now: Seconds on any clock; a step back counts as no time.
-
-        Raises:
-            PaviError: A round was started while another one is under way.
         """
         self._now = max(self._now, now)
         match event:
             case RoundStarted():
                 return self._start(event)
             case RoundCancelled():
-                self._end_round()
+                self._end_all()
                 return []
             case Tick():
                 return self._tick(event)
@@ -183,61 +183,60 @@ class ServerState:
             PaviError: One does not hold; a defect of this module.
         """
         broken = [w.name for rank, w in enumerate(self.workers.values()) if w.rank != rank or (w.ready and w.lease is not None)]
-        held = {w.lease.index: w.lease for w in self.workers.values() if w.lease is not None}
-        if self.round is None:
-            broken += [f"lease {lease} outside a round" for lease in held.values()]
-        else:
-            r = self.round
-            places = sorted([*r.queued(), *r.leases, *r.results])
-            tokens = [lease.token for lease in r.leases.values()]
-            laws = {
-                "each task is in one place": places == list(range(r.size)),
-                "the round is not complete": len(r.results) < r.size,
-                "leases are those the workers hold": r.leases == held and all(self.workers[lease.worker].lease is lease for lease in held.values()),
-                "tokens are unique": len(set(tokens)) == len(tokens) and max(tokens, default=0) <= self._token,
-                "no worker idles while tasks wait": not (r.queued() and any(w.ready for w in self.workers.values())),
-                "one queue a worker": len(r.queues) == max(len(self.workers), 1),
+        held = {(w.lease.round, w.lease.index): w.lease for w in self.workers.values() if w.lease is not None}
+        leases = {(r.number, index): lease for r in self.open.values() for index, lease in r.leases.items()}
+        tokens = [lease.token for lease in leases.values()]
+        idle = any(w.ready for w in self.workers.values())
+        laws = {
+            "leases are those the workers hold": leases == held and all(self.workers[lease.worker].lease is lease for lease in held.values()),
+            "tokens are unique": len(set(tokens)) == len(tokens) and max(tokens, default=0) <= self._token,
+            "rounds are in order": list(self.open) == sorted(self.open) and all(number == r.number for number, r in self.open.items()),
+        }
+        for r in self.open.values():
+            laws |= {
+                f"each task of round {r.number} is in one place": sorted([*r.queued(), *r.leases, *r.results]) == list(range(r.size)),
+                f"round {r.number} is not complete": len(r.results) < r.size,
+                f"no worker idles while tasks of round {r.number} wait": not (r.queued() and idle),
+                f"round {r.number} has one queue a worker": len(r.queues) == max(len(self.workers), 1),
             }
-            broken += [law for law, holds in laws.items() if not holds]
+        broken += [law for law, holds in laws.items() if not holds]
         if broken:
             raise PaviError("the server's state is inconsistent", where=f"round {self.rounds}", got=broken, remedy="report this as a defect")
 
     def _start(self, event: RoundStarted) -> list[Instruction]:
-        if self.round is not None:
-            raise PaviError("a round is under way", where=f"round {self.round.number} ({self.round.kind!r})", remedy="wait for its answers, or cancel it")
         self.rounds += 1
         if self.broken is not None:
             return [FailRound(self.rounds, self.broken)]
         if event.tasks == 0:
             return [CompleteRound(self.rounds, ())]
-        self.round = Round(self.rounds, event.kind, event.version, event.tasks, self._now)
-        self.round.share(list(range(event.tasks)), len(self.workers))
+        self.open[self.rounds] = fresh = Round(self.rounds, event.kind, event.version, event.tasks, self._now)
+        fresh.share(list(range(event.tasks)), len(self.workers))
         return self._dispatch(list(self.workers.values()))
 
     def _join(self, event: WorkerJoined) -> list[Instruction]:
         if event.worker in self.workers:
             return [Ignore(event, "joined already")]
         self.workers[event.worker] = Worker(event.worker, len(self.workers), self._now, event.process)
-        if self.round is not None and event.process:
+        for r in self.open.values() if event.process else ():
             # It lost its connection, not its life: what it worked on did not kill it.
-            self.round.deaths = {index: [p for p in dead if p != event.process] for index, dead in self.round.deaths.items()}
+            r.deaths = {index: [p for p in dead if p != event.process] for index, dead in r.deaths.items()}
         self._ever_joined = True
         self._note(f"{event.worker} joined")
-        return self._reshare([])
+        return self._reshare(None)
 
     def _ready(self, worker: Worker, event: Ready) -> list[Instruction]:
         if event.seq < worker.asked:
             return [Ignore(event, "late question")]
         worker.asked = event.seq
-        if worker.lease is not None and self.round is not None:
+        if worker.lease is not None:
             # A worker that asks while it holds a lease never got it: the same lease again, so that nothing is leased twice.
-            return [Assign(worker.name, self.round.number, worker.lease.index, worker.lease.token)]
+            return [Assign(worker.name, worker.lease.round, worker.lease.index, worker.lease.token)]
         worker.ready = True
         return self._dispatch([worker])
 
     def _finish(self, worker: Worker, event: TaskDone | TaskFailed) -> list[Instruction]:
-        r = self.round
-        if r is None or event.round != r.number:
+        r = self.open.get(event.round)
+        if r is None:
             return [Ignore(event, "the round is over")]
         if event.index in r.results:
             return [Ignore(event, "answered already")]
@@ -251,7 +250,7 @@ class ServerState:
         r.results[event.index] = event.result
         if len(r.results) < r.size:
             return []
-        self._end_round()
+        del self.open[r.number]
         return [CompleteRound(r.number, tuple(r.results[index] for index in range(r.size)))]
 
     def _tick(self, event: Tick) -> list[Instruction]:
@@ -265,11 +264,11 @@ class ServerState:
         for worker in [w for w in self.workers.values() if self._now - w.seen > self.timeout]:
             reason = f"silent for {self._now - worker.seen:.1f} s"
             out += [ExpireWorker(worker.name, reason), *self._drop(worker, reason)]
-        if self.round is not None and not self.workers:
+        if self.open and not self.workers:
             patience = self.patience if self._ever_joined else max(self.startup, self.patience)
             if event.expected:  # a process is there and imports its libraries: on a busy node or a slow file system that takes minutes
                 patience = max(patience, SLOW_START * self.startup)
-            if self._now - max(self._alone_since, self.round.started) > patience:
+            if self._now - max(self._alone_since, self._oldest().started) > patience:
                 out += self._fail(self._no_worker(patience))
         return out
 
@@ -280,27 +279,31 @@ class ServerState:
         if not self.workers:
             self._alone_since = self._now
         self._note(f"{worker.name} left: {reason}")
-        if self.round is None or worker.lease is None:
-            return self._reshare([])
-        index = worker.lease.index
-        del self.round.leases[index]
-        self.round.losses[index] = self.round.losses.get(index, 0) + 1
-        self.round.deaths.setdefault(index, []).append(worker.process)
-        self.round.tell(index, self._now, f"lost with {worker.name} ({reason})")
-        if len(self.round.deaths[index]) < self.max_losses and self.round.losses[index] < CUTS * self.max_losses:
-            return self._reshare([index])
+        lease = worker.lease
+        if lease is None:
+            return self._reshare(None)
+        r, index = self.open[lease.round], lease.index
+        del r.leases[index]
+        r.losses[index] = r.losses.get(index, 0) + 1
+        r.deaths.setdefault(index, []).append(worker.process)
+        r.tell(index, self._now, f"lost with {worker.name} ({reason})")
+        if len(r.deaths[index]) < self.max_losses and r.losses[index] < CUTS * self.max_losses:
+            return self._reshare(lease)
         error = WorkerError(
             "a task was lost with its worker too often",
-            where=self.round.story(index),
+            where=r.story(index),
             expected=f"fewer than {self.max_losses} workers that did not come back, and fewer than {CUTS * self.max_losses} broken connections",
             remedy="look into the workers' logs: a task that exceeds the memory limit kills each worker that takes it",
         )
         return self._fail(error)
 
+    def _oldest(self) -> Round:
+        if not self.open:
+            raise PaviError("no round is open", remedy="report this as a defect")
+        return next(iter(self.open.values()))
+
     def _no_worker(self, patience: float) -> ClusterLost:
-        r = self.round
-        if r is None:
-            raise PaviError("no round is under way", remedy="report this as a defect")
+        r = self._oldest()
         lost = sorted(r.losses) or r.queued()[:1]
         return ClusterLost(
             "no worker is left" if self._ever_joined else "no worker joined",
@@ -310,41 +313,39 @@ class ServerState:
             remedy="check that the cluster has workers, that they can reach the driver's address, and their logs; then resume",
         )
 
-    def _reshare(self, returned: list[int]) -> list[Instruction]:
-        if self.round is None:
-            return []
-        self.round.share([*self.round.queued(), *returned], len(self.workers))
+    def _reshare(self, returned: Lease | None) -> list[Instruction]:
+        for r in self.open.values():
+            r.share([*r.queued(), *([returned.index] if returned is not None and returned.round == r.number else [])], len(self.workers))
         return self._dispatch(list(self.workers.values()))
 
     def _dispatch(self, workers: list[Worker]) -> list[Instruction]:
         out: list[Instruction] = []
-        if self.round is None:
-            return out
         # Preferred tasks first for everybody, so that nobody's own task is stolen by one that comes earlier in the list.
-        for steal in (False, True):
-            for worker in workers:
-                index = self.round.take(worker.rank, steal) if worker.ready else None
+        idle = [worker for worker in workers if worker.ready]
+        for r, steal in [(r, steal) for r in self.open.values() if any(r.queues) for steal in (False, True)]:
+            for worker in idle if any(r.queues) else ():
+                index = r.take(worker.rank, steal) if worker.ready else None
                 if index is None:
                     continue
                 self._token += 1
-                worker.ready, worker.lease = False, Lease(self._token, worker.name, index)
-                self.round.leases[index] = worker.lease
-                self.round.tell(index, self._now, f"leased to {worker.name} (token {self._token})")
-                out.append(Assign(worker.name, self.round.number, index, self._token))
+                worker.ready, worker.lease = False, Lease(self._token, worker.name, r.number, index)
+                r.leases[index] = worker.lease
+                r.tell(index, self._now, f"leased to {worker.name} (token {self._token})")
+                out.append(Assign(worker.name, r.number, index, self._token))
         return out
 
     def _fail(self, error: PaviError) -> list[Instruction]:
-        if self.round is None:
-            return []
-        number = self.round.number
-        self._end_round()
-        return [FailRound(number, error)]
+        """All open rounds end: the driver, who waits for one of them, is told at once."""
+        numbers = list(self.open)
+        self._end_all()
+        return [FailRound(number, error) for number in numbers]
 
-    def _end_round(self) -> None:
-        self.round = None
+    def _end_all(self) -> None:
+        self.open.clear()
         for worker in self.workers.values():
             worker.lease = None
 
     def _note(self, text: str) -> None:
-        since = "" if self.round is None else f"{self._now - self.round.started:.1f} s into round {self.round.number}: "
+        r = next(iter(self.open.values()), None)
+        since = "" if r is None else f"{self._now - r.started:.1f} s into round {r.number}: "
         self.journal.append(since + text)

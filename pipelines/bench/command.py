@@ -28,14 +28,17 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "memory": ("pipelines.bench.gaussian:memory", ("store",), "Out of a store within a budget: G=20,000, N=50, D=8, scales (1, .5, 1)"),
     "coverage": ("pipelines.bench.coverage:measure", (), "Coverage (%) and rank tests: models simulated from their priors at thousands of groups"),
     "crossed": ("pipelines.bench.crossed:measure", (), "Crossed model: our global posterior against the exact one"),
+    "bounded": ("pipelines.bench.bounded:measure", (), "Bounded staleness with a kill in each fit against waiting for each step: encoder, nc"),
     "queries": ("pipelines.bench.gaussian:queries", ("store", "memory"), "Lazy queries on that run"),
     "rivals": ("pipelines.bench.rivals:rivals", (), "Seconds to 0.002 nats per latent: Gaussian random effects, N=50, D=8, scales (1, .5, 1)"),
     "flat": ("pipelines.bench.flat:flat", (), "Cost against cardinality: Gaussian random effects out of a store, N=50, D=8, scales (1, .5, 1)"),
     "cortex": ("pipelines.bench.cortex:cortex", (), "The cortical study in other packages: full batch, mean-field normals, begun at the centres of k-means"),
+    "speedup": ("pipelines.bench.speedup:measure", (), "The cortical study at 10 %: in process with one task at a time, on one and on two workers"),
+    "stream": ("pipelines.bench.stream:measure", (), "The stream that feeds a fit, alone, against a plain sequential Zarr read of the same store"),
     "scale": ("pipelines.bench.scale:scale", (), "The server at scale: measured costs, simulated cluster"),
 }
 
-LONG = {"coverage", "crossed", "cortex"}  # hundreds of fits, or hours of rivals: measured only when named
+LONG = {"bounded", "coverage", "crossed", "cortex", "speedup", "stream"}  # hundreds of fits, hours of rivals, or stores of gigabytes: measured only when named
 
 
 def wanted(only: list[str] | None) -> list[str]:
@@ -107,11 +110,11 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), metavar="DIR", help="folder of the real tables and references (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-results/bench.json"), metavar="FILE.json", help="where the figures go (%(default)s)")
     parser.add_argument("--work", type=Path, help="folder for stores and runs, kept; a temporary one unless given")
-    parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals, flat, coverage, crossed, instead of theirs")
+    parser.add_argument("--groups", type=int, nargs="+", default=[], metavar="G", help="cohort sizes of rivals, flat, coverage, crossed, bounded")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a contestant of rivals or cortex, or a fit of flat, after so long")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=int, metavar="N", help="simulations of each model of `coverage`, cohorts of `mixture` and `crossed`")
-    of = parser.add_argument_group("cortex")
+    parser.add_argument("--runs", type=int, metavar="N", help="instead of their own: coverage, mixture, crossed, bounded, speedup, stream")
+    of = parser.add_argument_group("cortex, speedup, stream")
     of.add_argument("--cohorts", nargs="+", default=[], metavar="COHORT", help="stores that are there, or shares of the study to simulate (1%% 10%% 100%%)")
     of.add_argument("--who", nargs="+", default=[], choices=["ours", "numpyro", "pyro", "pymc"], metavar="NAME", help="ours, numpyro, pyro, pymc (all)")
     of.add_argument("--steps", type=int, metavar="N", help="steps of each rival; their rate decays to zero over them")

@@ -21,6 +21,7 @@ STUDY_SECONDS = 150.0  # one pass over the cortical study's 416 million latents 
 TASKS = 4096
 STATE_BYTES, ANSWER_BYTES = 2e5, 2e4  # root points and weights; bounds and gradients
 ROUNDS = 4
+STEP_SECONDS, STEPS, STALENESS, STEP_WORKERS = 0.05, 400, (0, 3, 15, 63), (1, 4, 16, 64)  # minibatch steps of one task each
 SPELL_SECONDS = 90.0  # simulated, under preemption
 
 
@@ -107,11 +108,15 @@ def scale(job: Job) -> Found:
         }
         for name, outcomes in found.items() for n, o in outcomes.items()
     ]  # fmt: skip
+    step = Costs(1, STEP_SECONDS, STATE_BYTES, STATE_BYTES, exchange, per_byte)
+    found_steps = {(s, n): simulate(step, Fleet(n, stragglers=0.05), STEPS, staleness=s) for s in STALENESS for n in STEP_WORKERS}
+    steps = ", ".join(f"s={s} with {n} workers: {1 / o.round_seconds:.0f}" for (s, n), o in found_steps.items())
     job.results.mkdir(parents=True, exist_ok=True)
     draw(found, f"one pass of {STUDY_SECONDS:.0f} core-seconds, {TASKS:,} tasks").savefig(job.results / "scale.png", dpi=120)
     notes = [
         f"server, measured over TCP: {1e3 * exchange:.2f} ms of its processor for a push with the next pull, {1e9 * per_byte:.2f} ns for a byte of an answer",
         f"simulated: rounds of {TASKS:,} tasks of {1e3 * STUDY_SECONDS / TASKS:.0f} ms; state {STATE_BYTES / 1e3:.0f} kB, answers {ANSWER_BYTES / 1e3:.0f} kB",
+        f"minibatch steps a second, one task of {1e3 * STEP_SECONDS:.0f} ms each, 5 % stragglers, staleness s: {steps}",
         f"figure: {job.results / 'scale.png'}",
     ]
     return Found(rows, notes, {"exchange_seconds": exchange, "byte_seconds": per_byte})

@@ -1,11 +1,13 @@
 """SIGKILL of a worker, of the driver (the hub lives in it) and of the scheduler at seeded moments: every run ends with the same bits."""
 
+import queue
 import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from pipelines import gre
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")]
 
+TOGETHER = 2  # fits under kills at the same time, each on a cluster of its own
+RECOVERY = 30.0  # seconds to the next answer, in 95 of 100 kills
 TARGETS = ("worker", "driver", "scheduler", "worker and driver")
 
 
@@ -26,6 +30,8 @@ class Farm:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.parts = {}
+        self.file = f"farm{self.port}.yaml"
+        (folder / self.file).write_text(f"{{kind: scheduler, address: 'tcp://127.0.0.1:{self.port}', workers: 1, patience: 120}}\n")
         self.mend()
 
     def mend(self):
@@ -37,7 +43,7 @@ class Farm:
         for name, (module, *arguments) in calls.items():
             if name not in self.parts or self.parts[name].poll() is not None:
                 call = [sys.executable, "-m", f"distributed.cli.{module}", *arguments]
-                with (self.folder / f"{name}.log").open("ab") as out:
+                with (self.folder / f"{name} {self.port}.log").open("ab") as out:
                     self.parts[name] = subprocess.Popen(call, env=self.tools.environment, stdout=out, stderr=out, cwd=self.folder)
 
     def close(self):
@@ -53,7 +59,6 @@ def ground(tools, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chaos")
     gre.make_cohort(str(folder / "gre.zarr"), groups=100_000, observations=2, features=4)
     farm = Farm(folder, tools)
-    (folder / "farm.yaml").write_text(f"{{kind: scheduler, address: 'tcp://127.0.0.1:{farm.port}', workers: 1, patience: 120}}\n")
     calm = tools.write_study(folder, "gre", folder / "gre.zarr", folder / "calm", progress=False)
     try:
         done = tools.call(folder, "fit", calm)  # in process
@@ -76,7 +81,7 @@ def storm(ground, tools, seed, target):
     folder, farm, expected = ground
     rng = random.Random(f"{seed} {target}")
     run = folder / f"run-{seed}-{target}".replace(" ", "-")
-    study = tools.write_study(folder, "gre", folder / "gre.zarr", run, "farm.yaml", progress=False)
+    study = tools.write_study(folder, "gre", folder / "gre.zarr", run, farm.file, progress=False)
     driver, resumed = tools.spawn(folder, "fit", study), 0
     killed = None
     try:
@@ -125,8 +130,27 @@ def test_a_kill_changes_no_bit(ground, tools, target, seed):
 @pytest.mark.timeout(36_000)
 def test_many_kills_change_no_bit(ground, tools, request):
     kills = request.config.getoption("--kills")
-    found = []
-    for seed in range(1, kills + 1):
-        found.append(storm(ground, tools, seed, TARGETS[seed % len(TARGETS)]))
-        print(seed, TARGETS[seed % len(TARGETS)], found[-1], flush=True)
-    assert len(report(found)) > kills / 2, "most kills came after the end"
+    folder, farm, expected = ground
+    free = queue.SimpleQueue()
+
+    def one(seed):
+        mine = free.get()
+        try:
+            found = storm((folder, mine, expected), tools, seed, TARGETS[seed % len(TARGETS)])
+        finally:
+            free.put(mine)
+        print(seed, TARGETS[seed % len(TARGETS)], found, flush=True)
+        return found
+
+    farms = [farm, *(Farm(folder, tools) for _ in range(TOGETHER - 1))]
+    try:
+        for each in farms:
+            free.put(each)
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            found = list(pool.map(one, range(1, kills + 1)))
+    finally:
+        for each in farms[1:]:
+            each.close()
+    seconds = report(found)
+    assert len(seconds) > kills / 2, "most kills came after the end"
+    assert np.quantile(seconds, 0.95) <= RECOVERY

@@ -14,10 +14,11 @@ from pavi_scale import study as preparing
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import NumericalError
+from pavi_scale.fit import MOST_STALE
 from pavi_scale.nonfinite import GIVE_UP, KEPT_EVERY, ROLL_BACK, Skips
 from pavi_scale.rows import Rows
 from pavi_scale.run import Run
-from pavi_scale.server.local import LocalEngine
+from pavi_scale.server.local import Done, LocalEngine
 from pavi_scale.study import prepare
 from pavi_scale.training import Trainer
 
@@ -97,16 +98,16 @@ class Spoilt(LocalEngine):
         super().__init__(spec)
         self.steps, self.step = set(steps), 0
 
-    def round(self, kind, state, tasks):
-        answers = super().round(kind, state, tasks)
+    def submit(self, kind, state, tasks):
+        answers = super().submit(kind, state, tasks).result()
         if kind == "correct":
             if self.step in self.steps:
                 answers = [{k: np.full_like(v, math.nan) if k.startswith("grad/correction/") else v for k, v in a.items()} for a in answers]
             self.step += 1
-        return answers
+        return Done(answers)
 
 
-def corrected(steps):
+def corrected(steps, staleness=0):
     """A trainer whose corrections were trained on an engine that is spoilt at some steps."""
     rng = np.random.default_rng(8)
     g = np.repeat(np.arange(4), 3)
@@ -117,7 +118,7 @@ def corrected(steps):
     )  # fmt: skip
     data = xr.Dataset({"y": ("i", (rng.random(g.size) < 0.5).astype(int)), "of": ("i", g, {"instance_dimension": "g"})})
     made = prepare(open_cohort(data, model), encoding="encoder")
-    trainer = Trainer(StudyComputation(made.graph, made.cohort, made.settings), Spoilt(made.spec, steps), 0, math.inf, lambda *_: None)
+    trainer = Trainer(StudyComputation(made.graph, made.cohort, made.settings), Spoilt(made.spec, steps), 0, math.inf, lambda *_: None, staleness=staleness)
     trainer._correct(np.zeros((16, 1)), 40)
     return trainer
 
@@ -126,7 +127,9 @@ def test_bad_gradients_are_skipped_counted_and_rolled_back():
     sound, few, many = corrected([]), corrected([3, 17]), corrected(range(20, 20 + ROLL_BACK))
     assert (sound.skips.total, few.skips.total, many.skips.total) == (0, 2, ROLL_BACK)
     assert (sound.skips.rolled_back, few.skips.rolled_back, many.skips.rolled_back) == (0, 0, 1)
-    for trainer in (sound, few, many):
+    lagging = corrected(range(20, 20 + ROLL_BACK), MOST_STALE)
+    assert (lagging.skips.total, lagging.skips.rolled_back) == (ROLL_BACK, 1)
+    for trainer in (sound, few, many, lagging):
         assert any(k.startswith("correction/") for k in trainer.state)
         assert all(np.isfinite(v).all() for v in trainer.state.values())
     # Two steps of forty left out hardly matter.

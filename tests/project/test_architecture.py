@@ -10,8 +10,8 @@ import pytest
 # Name below `pavi_scale` -> level. A package's entry holds for its modules, unless a longer entry says otherwise.
 LEVELS = {
     "errors": 0, "instructions": 0, "quantile": 0, "rng": 0, "memory": 0,
-    "plates": 1, "links": 1, "table": 1, "laws": 1, "durable": 1, "digests": 1, "events": 1, "psis": 1, "progress": 1, "pictures": 1,
-    "model": 2, "cohort": 2, "shards": 2, "encodings": 2, "flows": 2, "optimizers": 2, "lease": 2,
+    "plates": 1, "links": 1, "laws": 1, "durable": 1, "digests": 1, "events": 1, "psis": 1, "progress": 1, "pictures": 1,
+    "model": 2, "cohort": 2, "encodings": 2, "flows": 2, "optimizers": 2, "lease": 2,
     "reduced": 3, "holding": 3, "noise": 3, "guide": 3, "batching": 3, "settings": 3, "server": 3,
     "ahead": 4, "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "ratios": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
     "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
@@ -26,8 +26,8 @@ FACADE = "pavi_scale"  # its `__init__` re-exports the public names and is impor
 BORDER = {
     "dask": ("server.runtime", "cohort", "posterior"),
     "distributed": ("server.runtime", "cohort", "posterior"),
-    "zarr": ("cohort", "table", "posterior", "model.simulate"),
-    "xarray": ("cohort", "table", "posterior", "model.simulate", "calibration"),
+    "zarr": ("cohort", "posterior", "model.simulate"),
+    "xarray": ("cohort", "posterior", "model.simulate", "calibration"),
     # Nothing that executes code when read is written to disk. The wire carries the spec and the tasks to workers, as Dask itself does with
     # all it sends: from a trusted driver, never back, and never to a file.
     "pickle": ("server.runtime.wire",), "shelve": (), "marshal": (), "joblib": (),

@@ -62,6 +62,22 @@ def test_thread_count_is_the_specs_and_comes_back(make_spec):
         assert torch.get_num_threads() == 2
 
 
+def test_lanes_have_the_specs_thread_count_whoever_set_one_last(make_spec, state):
+    with torch_threads(2), LocalEngine(make_spec(threads=1), 2) as engine:
+        asked = engine.submit("refuse", state, [{}] * 8)  # nothing of torch
+        with torch_threads(1):
+            asked.result()
+        assert {int(r["threads"]) for r in engine.round("who", {}, [{"sleep": 0.05}] * 4)} == {1}
+
+
+def test_a_round_of_a_closed_engine_is_an_error_of_the_package(make_spec, state):
+    engine = LocalEngine(make_spec(), 2)
+    asked = engine.submit("who", state, [{"sleep": 0.2}] * 6)
+    engine.close()
+    with pytest.raises(WorkerError, match="closed during a round"):
+        asked.result()
+
+
 @given(hnp.arrays(hnp.scalar_dtypes(), hnp.array_shapes(min_dims=0, min_side=0)), st.integers(0, 3))
 def test_aligned_keeps_values(array, how):
     given_ = [array, array.T, array[..., None][..., ::-1], np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:]][how]

@@ -35,6 +35,23 @@ def test_stragglers_cost_no_more_than_their_speed():
     assert fair.round_seconds * 8 / 6.5 < slow.round_seconds < fair.round_seconds * 8 / 6.5 + 0.8 + 0.2
 
 
+STEP = Costs(tasks=1, task_seconds=0.1, state_bytes=0, answer_bytes=0, exchange_seconds=0, byte_seconds=0, reduce_seconds=0, spread=0.0)
+
+
+@pytest.mark.parametrize(("workers", "staleness", "together"), [(8, 0, 1), (8, 3, 4), (8, 7, 8), (8, 20, 8), (3, 7, 3)])
+def test_as_many_steps_at_a_time_as_staleness_allows(workers, staleness, together):
+    found = simulate(STEP, Fleet(workers, 1e6), rounds=400, staleness=staleness)
+    assert found.round_seconds == pytest.approx(0.1 / together, rel=0.05)
+
+
+def test_staleness_bears_a_straggler():
+    # One of four workers needs ten times as long. Oldest first: the others go on until so many steps wait for its one.
+    kind = Fleet(4, 1e6, stragglers=0.25, slowness=10.0)
+    tight, loose = (simulate(STEP, kind, rounds=600, staleness=s).round_seconds for s in (3, 40))
+    assert loose == pytest.approx(0.1 / 3.1, rel=0.1)
+    assert tight > 2 * loose
+
+
 def test_preemptions_lose_tasks_and_no_answers():
     simulation = Simulation(FREE, Fleet(6, 1e6, preemptions=20.0, absence=5.0), rounds=10, seed=3)
     found = simulation.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -22,11 +23,25 @@ from pavi_scale.server.runtime.wire import pack, pack_object
 __all__ = ["Client", "DaskEngine"]
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A round that workers answer."""
+
+    engine: DaskEngine
+    kind: str
+    answers: concurrent.futures.Future[Answers]
+
+    def result(self) -> Answers:
+        """Its answers, in task order; blocks."""
+        return self.engine.wait(self.kind, self.answers)
+
+
 class DaskEngine:
     """Answers rounds on the workers of a Dask cluster.
 
     The driver listens next to its client (same interface, same TLS); one long Dask task per worker pulls tasks from it. Nothing passes through
-    the scheduler but the start of these loops, so a round goes on while the scheduler is away. Workers may come and go at any time.
+    the scheduler but the start of these loops and, every few seconds, the figures of its page, so a round goes on while the scheduler is away.
+    Workers may come and go at any time.
 
     Args:
         client: A synchronous `distributed.Client`.
@@ -61,10 +76,21 @@ class DaskEngine:
         """What the workers do with their time."""
         return self._hub.meter
 
+    def publish(self, figures: dict[str, Any]) -> str:
+        """Show figures of this fit on the page of the scheduler's HTTP server; returns its address, empty while it is not known, at once."""
+        if self._alive():
+            self._client.loop.add_callback(self._hub.publish, figures)
+        return self._hub.page
+
     @property
     def parallelism(self) -> int:
         """Tasks that run at the same time: one per worker of the cluster."""
         return max(1, self._hub.enlisted)
+
+    @property
+    def processes(self) -> int:
+        """Computations, each with memory of its own: one per worker."""
+        return self.parallelism
 
     @property
     def ignored(self) -> dict[str, int]:
@@ -84,10 +110,18 @@ class DaskEngine:
             WorkerError: The computation raised anything else.
             ClusterLost: No worker is left, or the client was closed.
         """
+        return self.submit(kind, state, tasks).result()
+
+    def submit(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Pending:
+        """Ask, and wait later; arguments and errors as those of `round`."""
         if not self._alive() or self._client.status in ("closing", "closed"):
             raise ClusterLost("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")
         answers: concurrent.futures.Future[Answers] = concurrent.futures.Future()
         self._client.loop.add_callback(self._hub.begin, kind, pack(align_all(state)), [pack_object(dict(task)) for task in tasks], answers)
+        return Pending(self, kind, answers)
+
+    def wait(self, kind: str, answers: concurrent.futures.Future[Answers]) -> Answers:
+        """The answers of a round of that kind; an interrupt ends the engine."""
         try:
             while True:
                 try:

@@ -38,21 +38,22 @@ from pavi_scale.server.protocol import (
     WorkerJoined,
     WorkerLeft,
 )
+from pavi_scale.server.runtime import page
 from pavi_scale.server.runtime.wire import Message, pack_object, rebuild, unpack
 from pavi_scale.server.runtime.worker import Contact, worker_loop
 from pavi_scale.server.state import ServerState
 
 logger = logging.getLogger(__name__)
+cloudpickle.register_pickle_by_value(page)
 Answers = list[dict[str, np.ndarray]]
 STARTING = 6.0  # seconds that closing waits for loops that just start: a fresh worker imports the package first
 
 
 @dataclass(frozen=True)
 class Order:
-    """A round as it is sent: the machine only knows its number of tasks."""
+    """A round as it is sent: the machine only knows its number of tasks. Its number is the version of its state."""
 
     kind: str
-    version: int
     state: Message
     tasks: Sequence[Message]
     answers: concurrent.futures.Future[Answers]
@@ -88,7 +89,7 @@ class Hub:
     def __init__(self, client: Client, spec: object, heartbeat: float, timeout: float, startup: float, patience: float) -> None:
         self.machine = ServerState(timeout=timeout, startup=startup, patience=patience)
         self.meter = Meter()
-        self.address = ""
+        self.address = self.page = ""
         self._client, self._spec = client, pack_object(spec, cloudpickle.dumps)
         self._heartbeat, self._timeout = heartbeat, timeout
         self._key = secrets.token_hex(16)
@@ -98,9 +99,9 @@ class Hub:
         self._told: set[str] = set()
         self._lifelines: dict[str, Comm] = {}
         self._parked: dict[str, Parked] = {}
-        self._order: Order | None = None
-        self._versions = self._joins = self._starts = 0
-        self._closing = False
+        self._orders: dict[int, Order] = {}  # of open rounds, by number
+        self._joins = self._starts = 0
+        self._closing = self._page_asked = False
         self._background: list[asyncio.Task[None]] = []
 
     @property
@@ -132,17 +133,27 @@ class Hub:
         if self._closing:
             answers.set_exception(WorkerError("the engine is closed", where="DaskEngine.round", remedy="make a new one"))
             return
-        self._versions += 1
-        before, self._order = self._order, Order(kind, self._versions, state, tasks, answers)
+        number = self.machine.rounds + 1
+        self._orders[number] = Order(kind, state, tasks, answers)
+        self._handle(RoundStarted(kind, number, len(tasks)))
+
+    async def publish(self, figures: dict[str, Any]) -> None:
+        """Tell the scheduler's record of events, where its page finds them; adds the page first. A scheduler that is away misses them."""
         try:
-            self._handle(RoundStarted(kind, self._versions, len(tasks)))
-        except PaviError as error:
-            self._order = before
-            answers.set_exception(error)
+            if not self._page_asked:
+                self._page_asked = True
+                self.page = await self._client.run_on_scheduler(page.install)
+            await self._client.log_event(page.TOPIC, figures)
+        except (OSError, ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            # An older Dask, or one that runs no foreign functions: the log and the terminal tell as much.
+            logger.debug("no page on the scheduler: %r", error)
 
     def cancel(self) -> None:
-        """Give the present round up."""
-        self._order = None
+        """Give the open rounds up."""
+        for order in self._orders.values():
+            if not order.answers.done():
+                order.answers.set_exception(WorkerError("the round was given up", where=f"round {order.kind!r}", remedy="make a new engine"))
+        self._orders.clear()
         self._handle(RoundCancelled())
 
     async def close(self) -> None:
@@ -247,26 +258,26 @@ class Hub:
         match instruction:
             case Assign():
                 self._assign(instruction)
-            case CompleteRound(results=results):
-                self._end(list(results))
-            case FailRound(error=error):
-                self._end(error)
+            case CompleteRound(round=number, results=results):
+                self._end(number, list(results))
+            case FailRound(round=number, error=error):
+                self._end(number, error)
             case ExpireWorker(worker=worker):
                 if worker in self._lifelines:
                     self._lifelines.pop(worker).abort()
                 self._reply(worker, {"op": "rejoin"})
 
     def _assign(self, lease: Assign) -> None:
-        order, parked = self._order, self._parked.get(lease.worker)
+        order, parked = self._orders.get(lease.round), self._parked.get(lease.worker)
         if order is None or parked is None:
             return
         message = {"op": "task", "round": lease.round, "index": lease.index, "token": lease.token, "kind": order.kind}
-        if parked.holds != order.version:
-            message |= {"version": order.version, "state": order.state}
+        if parked.holds != lease.round:  # each round has a state of its own
+            message |= {"version": lease.round, "state": order.state}
         self._reply(lease.worker, message | {"task": order.tasks[lease.index]})
 
-    def _end(self, outcome: Answers | PaviError) -> None:
-        order, self._order = self._order, None
+    def _end(self, number: int, outcome: Answers | PaviError) -> None:
+        order = self._orders.pop(number, None)
         if order is None or order.answers.done():
             return
         if isinstance(outcome, PaviError):
