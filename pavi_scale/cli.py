@@ -140,7 +140,8 @@ def resume(study: File, settings: Settings = None, cluster: Cluster = None) -> N
     model = load_model(found.model)
     Run.open(found.run)
     with _client(found) as client:
-        posterior = resume_run(found.run, model=model, client=client, progress=found.fit.progress)
+        device = found.fit.device if "device" in found.fit.model_fields_set else None
+        posterior = resume_run(found.run, model=model, client=client, progress=found.fit.progress, device=device)
     typer.echo(repr(posterior))
 
 

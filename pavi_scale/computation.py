@@ -9,7 +9,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from pavi_scale.ahead import Ahead, key_of
 from pavi_scale.batching import Shard, closure, flat_positions, splittable
-from pavi_scale.cohort import Cohort, CohortSpec
+from pavi_scale.cohort import Cohort
+from pavi_scale.device import PROCESSOR, doubles, on
 from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import CohortError, NumericalError
 from pavi_scale.guide.blocks import Block, Component, dense_units, inputs_of
@@ -31,9 +31,8 @@ from pavi_scale.guide.local import Core, candidates, context, fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.guide.terms import spent
 from pavi_scale.holding import Holding, Key
-from pavi_scale.memory import keep_freed_memory, release_freed_memory
+from pavi_scale.memory import release_freed_memory
 from pavi_scale.model.density import Graph
-from pavi_scale.model.template import Model
 from pavi_scale.moments import Moments, points_of
 from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
@@ -43,32 +42,12 @@ from pavi_scale.ratios import local_ratios
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.scores import gather
-from pavi_scale.settings import Settings, make_graph, precision
+from pavi_scale.settings import Settings, precision
 
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
 TIDY_EVERY = 32  # tasks: the pages given back must be zeroed again when they are used
 ATTEMPTS = 16  # searches for the best local mode
-
-
-@dataclass(frozen=True)
-class StudySpec:
-    """Picklable recipe of a `StudyComputation`."""
-
-    model: Model
-    cohort: CohortSpec
-    settings: Settings
-
-    @property
-    def threads(self) -> int:
-        """torch threads of a task."""
-        return self.settings.threads
-
-    def build(self) -> StudyComputation:
-        """Open the cohort and build the guide."""
-        keep_freed_memory()
-        cohort = self.cohort.open(self.model)
-        return StudyComputation(make_graph(cohort), cohort, self.settings)
 
 
 class StudyComputation:
@@ -78,10 +57,11 @@ class StudyComputation:
         graph: The model with its links.
         cohort: Where the data are.
         settings: How to compute.
+        device: Where data are kept and tasks computed.
     """
 
-    def __init__(self, graph: Graph, cohort: Cohort, settings: Settings) -> None:
-        self.graph, self.cohort, self.settings = graph, cohort, settings
+    def __init__(self, graph: Graph, cohort: Cohort, settings: Settings, device: torch.device = torch.device(PROCESSOR)) -> None:  # noqa: B008 (immutable)
+        self.device, self.graph, self.cohort, self.settings = device, graph, cohort, settings
         self.layout: Layout = cohort.layout
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
@@ -92,7 +72,7 @@ class StudyComputation:
         self._spent = spent(self.guide.components, graph.model)
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
         data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
-        self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype))
+        self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype, device=device))
 
     # -- data -------------------------------------------------------------------------------------------------------------------
 
@@ -105,7 +85,7 @@ class StudyComputation:
             self._used.last = key, found
             return found
         wanted = names if names is not None else [v.name for v in self.graph.model.of_kind("observed", "covariate")]
-        return Reduced(self.graph, selection, Reading(self.graph, selection, wanted, self.cohort), dtype=self.dtype)
+        return Reduced(self.graph, selection, Reading(self.graph, selection, wanted, self.cohort), dtype=self.dtype, device=self.device)
 
     def _settle(self) -> None:
         """After a task: let go of data whose laws are summed up, and keep the rest while memory allows."""
@@ -149,7 +129,7 @@ class StudyComputation:
             return None
         mine: Corrections | None = getattr(self._used, "corrections", None)  # each thread loads its own
         if mine is None:
-            mine = self._used.corrections = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.dtype)
+            mine = self._used.corrections = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.device, self.dtype)
         mine.load_state_dict({k: torch.tensor(v, dtype=self.dtype) for k, v in stored.items()})
         return mine
 
@@ -172,7 +152,7 @@ class StudyComputation:
                     part.standardise(context(core, gaussian, block.name))
                     if part.encoder is not None:
                         part.encoder.standardise(observations(reduced, block)[0])
-        out = {f"correction/{k}": v.to(torch.float64).numpy().copy() for k, v in made.state_dict().items()}
+        out = {f"correction/{k}": doubles(v).copy() for k, v in made.state_dict().items()}
         for name in made.names():
             if self.settings.schemes[name] in ("hybrid", "free"):
                 block = self.block(name)
@@ -202,7 +182,7 @@ class StudyComputation:
             start = LocalModel(component, self.reduced(selection, inputs_of(self.graph.model, component)), values, {}, 1).start()[block.name]
             flat = torch.cat([LocalModel.columns_of(component, block, n, start) for n in block.latents], -1)[0, 0]
         noise = np.random.default_rng(seed).normal(size=(count, block.dim))
-        return np.concatenate([flat.to(torch.float64).numpy() + 0.05 * noise, np.zeros((count, block.dim))], 1)
+        return np.concatenate([doubles(flat) + 0.05 * noise, np.zeros((count, block.dim))], 1)
 
     def rows(self, state: Arrays, selection: Selection, kind: str, *, grad: bool = False) -> dict[str, Tensor]:
         """Rows of the selected units: from a task's or state's `kind/block` table, sliced where it is whole."""
@@ -229,7 +209,7 @@ class StudyComputation:
 
     def compute(self, kind: str, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Answer one task of a round."""
-        with precision(self.dtype) if kind != "fetch" else contextlib.nullcontext():  # which computes nothing, beside whoever does
+        with on(self.device), precision(self.dtype) if kind != "fetch" else contextlib.nullcontext():  # which computes nothing, beside whoever does
             answer = getattr(self, f"task_{kind}", None)
             if answer is None:
                 raise NumericalError("unknown kind of task", got=kind)
@@ -251,10 +231,10 @@ class StudyComputation:
                 reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, differentiable=gradient,
                 samples=0 if gradient else samples, noise=noise, corrections=corrections, together=max(1, size // max(1, samples)),
             )
-            bounds.append(value.detach().to(torch.float64).numpy())
+            bounds.append(doubles(value))
             if gradient:
                 moved = torch.autograd.grad(value.sum(), z, allow_unused=True, materialize_grads=True)[0] if value.requires_grad else torch.zeros_like(z)
-                grads.append(moved.to(torch.float64).numpy())
+                grads.append(doubles(moved))
         out = {"bound": np.concatenate(bounds)}
         return {**out, "gradient": np.concatenate(grads)} if gradient else out
 
@@ -271,9 +251,9 @@ class StudyComputation:
             if not component.remembered or not self.guide.counted(reduced, component.blocks[-1].plates, shard.plate, shard.first):
                 continue
             found = explore(LocalModel(component, reduced, root, {}, 1), noise, ATTEMPTS if component.tree else 0)
-            out[f"odds/{component.name}"], out[f"missed/{component.name}"] = (t.to(torch.float64).numpy() for t in (found.odds.T, found.missed))
+            out[f"odds/{component.name}"], out[f"missed/{component.name}"] = (doubles(t) for t in (found.odds.T, found.missed))
             for block in component.blocks:
-                out[f"modes/{block.name}"] = found.table(block.name).to(torch.float64).numpy()
+                out[f"modes/{block.name}"] = doubles(found.table(block.name))
                 out[f"at/{block.name}"] = flat_positions(self.layout, reduced.selection, block)
         return out
 
@@ -286,7 +266,7 @@ class StudyComputation:
         mine = [b.name for b in self.guide.blocks if self.guide.counted(reduced, b.plates, shard.plate, shard.first)]
         out: dict[str, np.ndarray] = {}
         for name, ratio in local_ratios(self.guide, reduced, root, self.weights(state, reduced), held, noise, int(task["samples"]), mine).items():
-            out[f"ratio/{name}"] = ratio.to(torch.float64).numpy()
+            out[f"ratio/{name}"] = doubles(ratio)
             out.update({f"units/{name}/{p}": reduced.selection.units[p] for p in self.block(name).plates})
         return out
 
@@ -312,7 +292,7 @@ class StudyComputation:
         tensors = [p for p in corrections.parameters() if p.requires_grad] + list(residuals.values())
         grads = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
         keys = [f"correction/{n}" for n, p in corrections.named_parameters() if p.requires_grad] + [f"residual/{b}" for b in residuals]
-        out = {f"grad/{k}": g.to(torch.float64).numpy() for k, g in zip(keys, grads, strict=True)}
+        out = {f"grad/{k}": doubles(g) for k, g in zip(keys, grads, strict=True)}
         out.update({f"at/residual/{b}": flat_positions(self.layout, selection, self.block(b)) for b in residuals})
         return {"elbo": np.asarray(float(total.detach())), **out}
 
@@ -352,7 +332,7 @@ class StudyComputation:
                         reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, bound=True,
                         samples=max(1, self.draws_per_unit(state)), noise=noise, corrections=corrections,
                     )
-                parts.append(value.to(torch.float64).numpy())
+                parts.append(doubles(value))
         return {"bound": np.concatenate(parts)}
 
     def task_moments(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:

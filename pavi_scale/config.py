@@ -26,7 +26,7 @@ class FitOptions(Strict):
     Args:
         encoding: "auto", "free", "encoder", "hybrid", or a mapping from plates ("subject" or "subject, vertex") to one of these.
         memory: Limit on memory, as "4 GiB" or in bytes.
-        device: "auto" or "cpu".
+        device: "auto", "cpu", or a device of the workers such as "cuda".
         max_time: Seconds after which the fit stops and can be resumed.
         seed: Seed of everything random.
         staleness: Updates that the weights which a minibatch step reads may be behind.

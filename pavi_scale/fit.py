@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pavi_scale.cohort import Cohort, Origin, open_cohort
 from pavi_scale.cohort.foreign import is_url
 from pavi_scale.cohort.readers import READ
 from pavi_scale.computation import StudyComputation
+from pavi_scale.device import find
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
 from pavi_scale.memory import format_bytes
 from pavi_scale.model.template import Model
@@ -66,7 +68,8 @@ def fit(
         client: A Dask client whose workers compute; None to compute in this process.
         encoding: "auto", "free", "encoder", "hybrid", or {plate set: scheme}.
         memory: Bytes allowed per process, such as "4 GiB"; a fit that would need more is refused.
-        device: "auto" or "cpu".
+        device: Where tasks are computed: "auto" and "cpu" are the processor; "cuda" is the first CUDA device of each worker's machine
+            (of this one without a client). What is done by compiled loops (labelled components) stays on the processor.
         max_time: Seconds after which training stops (the posterior is still written; its status may be "unconverged").
         staleness: Updates that the weights which a minibatch step reads may be behind, so that this many more steps are computed at the same time;
             0 waits for each. Only learned corrections have such steps: whatever is summed over the whole cohort is summed at one state.
@@ -90,7 +93,7 @@ def fit(
         0.75
     """
     began = time.monotonic()
-    check_options(seed, max_time, device, staleness)
+    check_options(seed, max_time, device, staleness, client)
     config = {
         "seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time, "staleness": int(staleness),
     }
@@ -117,8 +120,17 @@ def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: s
     return make_study(opened, {"seed": 0, "encoding": encoding, "memory": memory}, client).plan
 
 
-def resume(run: str | os.PathLike[str], *, model: Model | None = None, client: Client | None = None, progress: bool = True) -> Posterior:
+def resume(
+    run: str | os.PathLike[str], *, model: Model | None = None, client: Client | None = None, progress: bool = True, device: str | None = None
+) -> Posterior:
     """Go on with an interrupted run; a finished one is just opened.
+
+    Args:
+        run: The run directory.
+        model: Needed only where the run's model cannot be imported (one defined inside a function).
+        client: A Dask client whose workers compute; None to compute in this process.
+        progress: Whether to show progress on standard error.
+        device: Where to go on computing; None for where it was.
 
     Raises:
         RunError: No run there, or model or cohort have changed since (the message names what).
@@ -130,7 +142,8 @@ def resume(run: str | os.PathLike[str], *, model: Model | None = None, client: C
         return open_posterior(run, model=model)
     found = find_model(study_record, model, directory)
     opened = reopen_cohort(study_record, found, directory)
-    config = study_record["config"]
+    config = {**study_record["config"], **({} if device is None else {"device": device})}
+    check_options(config["seed"], config["max_time"], config["device"], config.get("staleness", 0), client)
     study = make_study(opened, {**config, "encoding": encoding_from(config["encoding"])}, client)
     with directory.lock():
         return complete(directory, study, config, client, progress, began)
@@ -147,7 +160,7 @@ def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -
     return Posterior.open(directory, load_context(str(directory.path), model))
 
 
-def check_options(seed: int, max_time: float | None, device: str, staleness: int = 0) -> None:
+def check_options(seed: int, max_time: float | None, device: str, staleness: int = 0, client: Client | None = None) -> None:
     """Refuse options that mean nothing."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InputError("the seed must be a non-negative integer", where="seed", got=repr(seed))
@@ -155,8 +168,8 @@ def check_options(seed: int, max_time: float | None, device: str, staleness: int
         raise InputError("the time allowed must be a positive number of seconds, or None", where="max_time", got=repr(max_time))
     if isinstance(staleness, bool) or not isinstance(staleness, (int, np.integer)) or not 0 <= staleness <= MOST_STALE:
         raise InputError("the staleness is a number of updates", where="staleness", expected=f"an integer from 0 to {MOST_STALE}", got=repr(staleness))
-    if device not in ("auto", "cpu"):
-        raise InputError("device is not available", where="device", expected="'auto' or 'cpu'", got=repr(device))
+    if client is None:  # with workers it is theirs that count, and they look
+        find(device)
 
 
 def check_apart(cohort: Cohort, run: str | os.PathLike[str] | None) -> None:
@@ -198,7 +211,8 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     """Train unless that is done, then write the posterior."""
     deadline = began + float(config.get("max_time") or math.inf)
     before, since = (READ.seconds, READ.nbytes, READ.decoded), time.monotonic()
-    engine: Engine = DaskEngine(client, study.spec) if client is not None else LocalEngine(study.spec, study.plan.lanes)
+    spec = replace(study.spec, device=config["device"])
+    engine: Engine = DaskEngine(client, spec) if client is not None else LocalEngine(spec, study.plan.lanes)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
         with terminable(), Progress(progress) as shown, Watch(run, shown, getattr(engine, "meter", None), getattr(engine, "publish", None)) as bar:

@@ -78,7 +78,9 @@ class Arena:
         self._block, self._open, self._used = block, mmap.mmap(-1, block), 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of a tensor in the arena."""
+        """A contiguous copy of a tensor in the arena; one on another device stays there."""
+        if tensor.device.type != "cpu":
+            return tensor.clone(memory_format=torch.contiguous_format)
         size = tensor.numel() * tensor.element_size()
         if size == 0:
             return tensor.clone()

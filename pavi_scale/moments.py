@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pavi_scale.batching import Shard
+from pavi_scale.device import array
 from pavi_scale.elbo import Weights, correctors
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.arrow import Arrow
@@ -172,7 +173,7 @@ class Moments:
             variance = (self.second[latent] / self.count[latent] - mean * mean).clamp_min(0.0)
             sizes = self.reduced.sizes(block.plates)
             order = [*(block.plates.index(p) for p in v.plates), *range(len(v.plates), len(v.plates) + len(v.dims))]
-            shaped = [t.reshape(*sizes, *self.guide.graph.shape(v)).permute(order).numpy() for t in (shift + mean, variance.sqrt())]
+            shaped = [array(t.reshape(*sizes, *self.guide.graph.shape(v)).permute(order)) for t in (shift + mean, variance.sqrt())]
             out[latent] = (shaped[0], shaped[1])
         return out
 

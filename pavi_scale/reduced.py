@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.device import PROCESSOR
 from pavi_scale.model.density import Aligned, Graph, align
 from pavi_scale.model.template import Variable
 from pavi_scale.plates import Selection
@@ -40,7 +41,9 @@ class Reduced:
         device: Where it runs.
     """
 
-    def __init__(self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
+    def __init__(
+        self, graph: Graph, selection: Selection, data: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64, device: torch.device | str = PROCESSOR
+    ) -> None:
         self.graph, self.selection, self.dtype, self.device = graph, selection, dtype, device
         self.masks: dict[str, Tensor] = {}
         self.data = _Data(data, partial(_prepare, graph, self.masks, dtype, device))
@@ -76,7 +79,7 @@ class Reduced:
     def nbytes(self) -> int:
         """Bytes of what is held: data, masks, copies aligned to other plates, and laws summed up."""
         copies = [a.value for a in list(self._aligned.values())]
-        held = {t.untyped_storage().data_ptr(): t for t in (*self.data.values(), *self.masks.values(), *copies, *self._held())}
+        held = {t.untyped_storage()._cdata: t for t in (*self.data.values(), *self.masks.values(), *copies, *self._held())}
         return sum(t.numel() * t.element_size() for t in held.values()) + sum(getattr(a, "nbytes", 0) for a in list(self.absorbed.values()))
 
     def sizes(self, plates: tuple[str, ...]) -> tuple[int, ...]:
@@ -167,9 +170,9 @@ def _first(aligned: Aligned) -> Aligned:
     return Aligned(aligned.value[(*lead, *(slice(1) for _ in aligned.axes))], aligned.axes, aligned.particles)
 
 
-def _prepare(graph: Graph, masks: dict[str, Tensor], dtype: torch.dtype, device: str, name: str, raw: Tensor) -> Tensor:
+def _prepare(graph: Graph, masks: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str, name: str, raw: Tensor) -> Tensor:
     """Data in the precision of the computation; what was not observed becomes a mask."""
-    x = raw.to(device=device, dtype=dtype)
+    x = raw.to(device).to(dtype)  # as it is stored: that is less to carry
     if graph.model.variables[name].missing == "mask":
         seen = ~torch.isnan(x)
         # A masked entry is given some value of the support, so that its (unused) density and gradient stay finite.

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.device import PROCESSOR, doubles, to_default
 from pavi_scale.guide.blocks import Block, Component
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide, weights
@@ -159,7 +160,7 @@ def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Blo
 
     def noise(block: Block, shape: tuple[int, ...]) -> Tensor:  # the same at both points of a pair: what they share cancels in the difference
         own = torch.Generator().manual_seed(stream(seed, block.name) % 2**63)
-        return torch.randn(shape[1:], generator=own, dtype=reduced.dtype).expand(shape)
+        return to_default(torch.randn(shape[1:], generator=own, dtype=reduced.dtype, device=PROCESSOR)).expand(shape)
 
     told = np.flatnonzero(at.root_spread)
     signs = {b.name: rng.choice([-1.0, 1.0], at.centre[b.name].shape) for b in blocks}
@@ -206,7 +207,7 @@ def _pair(
     grads: tuple[Tensor, ...] = tuple(torch.zeros_like(t) for t in (z, *rows.values()))
     if surrogate.requires_grad:
         grads = torch.autograd.grad(surrogate.sum(), [z, *rows.values()], allow_unused=True, materialize_grads=True)
-    found = [g.to(torch.float64).numpy() for g in grads]
+    found = [doubles(g) for g in grads]
     return float(bound.to(torch.float64).mean()), found[0], dict(zip(rows, found[1:], strict=True))
 
 
@@ -251,7 +252,7 @@ def gather(
         for block in guide.blocks:
             if block.name in reduced.starts:
                 units = positions(reduced.selection.layout, reduced.selection, block)
-                for key, found_there in ((f"start/{block.name}", reduced.starts[block.name].to(torch.float64).numpy()), (f"seen/{block.name}", 1.0)):
+                for key, found_there in ((f"start/{block.name}", doubles(reduced.starts[block.name])), (f"seen/{block.name}", 1.0)):
                     if key not in sums:
                         sums[key] = np.zeros((math.prod(reduced.selection.layout.cardinality[p] for p in block.plates), block.dim))
                     sums[key][units] += found_there

@@ -12,7 +12,6 @@ import torch
 
 from pavi_scale.batching import closure, most_units, split_plate, splittable
 from pavi_scale.cohort import Cohort
-from pavi_scale.computation import StudySpec
 from pavi_scale.errors import CohortError, InputError, PlanRefused
 from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
 from pavi_scale.guide.guide import Guide, probe
@@ -22,6 +21,7 @@ from pavi_scale.model.density import Graph
 from pavi_scale.planning import Plan, make_plan, room_for, swept, swept_chunk, unit_bytes
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.settings import Settings, make_graph, precision
+from pavi_scale.spec import StudySpec
 
 CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
@@ -54,7 +54,8 @@ class Study:
     @property
     def spec(self) -> StudySpec:
         """What workers build."""
-        return StudySpec(self.cohort.model, self.cohort.spec(), self.settings)
+        needed = self.plan.cache_bytes + self.plan.lanes * self.plan.chunk_bytes
+        return StudySpec(self.cohort.model, self.cohort.spec(), self.settings, device_bytes=needed)
 
 
 def schemes_of(encoding: Encoding, blocks: list[Block], plates: Mapping[str, object]) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pavi_scale.device import on
 from pavi_scale.guide.fronts import SLAB, Coupling, Front, Pattern
 from pavi_scale.guide.gaussian import DIGITS, Pair, back, factorise, forward, log_det, solve
 
@@ -50,12 +51,13 @@ class _Taken(torch.autograd.Function):
         """Gradients with respect to factors and terms."""
         pattern, (factor, *values) = ctx.pattern, ctx.saved_tensors
         both = grad + grad.mT
-        of_factor, of_values = torch.zeros_like(factor), [torch.zeros(v.shape, dtype=v.dtype) for v in values]
-        for front, at, lower, w in _rows(pattern, factor, values):
-            m = _back(lower, _times(pattern, front, w, both[at]))
-            of_factor[at, front.units] = -(m @ w.mT).tril()
-            for out, terms, where in zip(of_values, front.terms, front.where, strict=True):
-                out[at, terms] = m.flatten(1).index_select(1, where).reshape(len(w), len(terms), *out.shape[2:])
+        of_factor, of_values = torch.zeros_like(factor), [v.new_zeros(v.shape) for v in values]
+        with on(grad.device):  # a device has a thread of its own for this
+            for front, at, lower, w in _rows(pattern, factor, values):
+                m = _back(lower, _times(pattern, front, w, both[at]))
+                of_factor[at, front.units] = -(m @ w.mT).tril()
+                for out, terms, where in zip(of_values, front.terms, front.where, strict=True):
+                    out[at, terms] = m.flatten(1).index_select(1, where).reshape(len(w), len(terms), *out.shape[2:])
         return None, of_factor, *of_values
 
 

@@ -95,7 +95,7 @@ def _in_order(local: LocalModel, z: Coordinates, dim: str, orders: list[list[int
             link, dims = graph.links[latent], graph.model.variables[latent].dims
             theta = values[latent].theta.reshape(1, -1, *link.event_shape).expand(len(orders), -1, *link.event_shape)
             if dims and dims[0] == dim:
-                theta = torch.stack([t[:, order] for t, order in zip(theta, orders, strict=True)])
+                theta = torch.stack([t[:, order] for t, order in zip(theta, torch.tensor(orders), strict=True)])
             parts[latent] = link.inverse(theta)
         moved = local.join(block, parts)
         out[block.name] = torch.where(torch.isfinite(moved), moved, z[block.name])

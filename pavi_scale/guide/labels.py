@@ -23,6 +23,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from pavi_scale.device import array, doubles, on, tensor
 from pavi_scale.guide.blocks import Component, Factor
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Pair, factorise
@@ -107,7 +108,7 @@ class Labels:
         self.evidence = np.empty((self.particles, *self.shape), np.float32)
         own = self.by_plates(self.evidence)
         for rows in self.slabs():
-            own[:, rows] = local.reduced.evidence(data, local.given, rows).detach().numpy()
+            own[:, rows] = array(local.reduced.evidence(data, local.given, rows))
 
     def by_plates(self, x: np.ndarray) -> np.ndarray:
         """A view of `[K, S, T, L, n]` as `[K, *plates, L]`."""
@@ -140,7 +141,7 @@ class Labels:
             c, d, d0 = np.zeros(self.leaf.dim), np.zeros(coarse), np.zeros(coarse)
             p, q, r, r0 = np.zeros((self.leaf.dim,) * 2), np.zeros((self.leaf.dim, coarse)), np.zeros((coarse, coarse)), np.zeros((coarse, coarse))
             for factor, value, slope, hess in found:
-                one = [{n: t[min(k, len(t) - 1)].squeeze(0).squeeze(0).to(torch.float64).numpy() for n, t in part.items()} for part in (slope, hess)]
+                one = [{n: doubles(t[min(k, len(t) - 1)].squeeze(0).squeeze(0)) for n, t in part.items()} for part in (slope, hess)]
                 own = float(value[min(k, len(value) - 1), 0])
                 if any(name == leaf for name, _ in factor.touches):
                     v, c, p = v + own, c + one[0][leaf], p + one[1][leaf, leaf]
@@ -155,7 +156,7 @@ class Labels:
         """`[K, S, L, n]` as the coordinates of the leaves' block, `[K, S n, 1, L]`; L may be another length."""
         inner, _, outer = self.layout
         sizes, axes, dim = self.local.reduced.sizes, (*inner, "", *outer), parts.shape[2]
-        whole = torch.from_numpy(parts).reshape(len(parts), *sizes(inner), dim, *sizes(outer))
+        whole = tensor(parts).reshape(len(parts), *sizes(inner), dim, *sizes(outer))
         return whole.permute(0, *(1 + axes.index(p) for p in self.leaf.plates), 1 + axes.index("")).reshape(len(parts), -1, 1, dim)
 
     def leaves_first(self, coordinates: Tensor) -> np.ndarray:
@@ -165,7 +166,7 @@ class Labels:
         whole = coordinates.reshape(len(coordinates), *sizes(self.leaf.plates), self.leaf.dim).to(torch.float32)
         axes = (*self.leaf.plates, "")
         out = whole.permute(0, *(1 + axes.index(p) for p in (*inner, "", *outer)))
-        return np.ascontiguousarray(out.numpy()).reshape(len(coordinates), self.shape[0], self.shape[2], self.shape[3])
+        return np.ascontiguousarray(array(out)).reshape(len(coordinates), self.shape[0], self.shape[2], self.shape[3])
 
     @property
     def constant(self) -> bool:
@@ -187,7 +188,7 @@ class Labels:
         white = self.leaves_first(noise(self.leaf, (self.particles, leaves * n, 1, labels)))
         for k, prior in enumerate(self.priors):
             scatter(self.evidence[k], z[k], offset[k], prior.p.astype(np.float32), DRAW_STEPS, white[k])
-        return {**({self.parent.name: torch.from_numpy(drawn)} if self.parent else {}), self.leaf.name: self.units_first(z)}
+        return {**({self.parent.name: tensor(drawn)} if self.parent else {}), self.leaf.name: self.units_first(z)}
 
     def ratios(self, held: Parents, noise: Noise, samples: int) -> Tensor:
         """log p - log q of draws of the leaves at the first root point and one draw of their parents, `[samples, leaves]`; up to a constant of each leaf."""
@@ -204,7 +205,7 @@ class Labels:
     def _parents(self, held: Parents, noise: Noise, dtype: type[np.floating[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each root point a draw of the parents `[K, n, 1, E]`, pull `[K, L, n]`, in `dtype`, and mean `[K, S, L, n]` of their leaves' priors."""
         (leaves, _, labels, n), e = self.shape, len(held.mode)
-        white = np.zeros((self.particles, n, 1, 0)) if self.parent is None else noise(self.parent, (self.particles, n, 1, e)).numpy()
+        white = np.zeros((self.particles, n, 1, 0)) if self.parent is None else array(noise(self.parent, (self.particles, n, 1, e)))
         drawn, offset = np.empty((self.particles, n, 1, e)), np.empty((self.particles, labels, n), dtype)
         start = np.empty((self.particles, leaves, labels, n), np.float32)
         for k, p in enumerate(self.priors):
@@ -228,7 +229,7 @@ class LabelledCore(Labels):
         start: np.ndarray | None = None
         if self.parent is not None:
             known = local.reduced.starts.get(self.parent.name)  # where an earlier round ended
-            start = (local.start()[self.parent.name][0, :, 0] if known is None else known).to(torch.float64).numpy()
+            start = doubles(local.start()[self.parent.name][0, :, 0] if known is None else known)
         leaves, observations, labels, n = self.shape
         moments, shares = int(wanted == "moments"), int(wanted == "shares")
         self._share = np.empty((self.particles, leaves * shares, observations, labels, n), np.float32)
@@ -242,7 +243,7 @@ class LabelledCore(Labels):
             start = self.top[-1].T  # neighbouring root points have neighbouring answers
         self._z = None
         if self.parent is not None:
-            local.reduced.starts[self.parent.name] = torch.from_numpy(self.top[0].T.copy())
+            local.reduced.starts[self.parent.name] = tensor(self.top[0].T.copy())
 
     @property
     def held(self) -> np.ndarray:
@@ -312,7 +313,7 @@ class LabelledCore(Labels):
 
     def log_marginal(self, weights: Tensor) -> Tensor:
         """Laplace value of log p(data | root), `[K]`; weights of the parents' units `[n]`."""
-        return torch.from_numpy(np.stack(self.value) @ weights.to(torch.float64).numpy())
+        return tensor(np.stack(self.value) @ doubles(weights))
 
     def shares(self) -> np.ndarray:
         """Posterior probabilities of each observation's labels, `[K, *plates, L]`."""
@@ -329,7 +330,7 @@ class LabelledCore(Labels):
 
         def of(rows: slice, tensors: Sequence[Tensor]) -> Tensor:
             given = {**self.local.given, **{p: Value(t, values[p].plates) for p, t in zip(parents, tensors, strict=True)}}
-            return (torch.from_numpy(shares[:, rows]) * self.local.reduced.evidence(self.data, given, rows)).flatten(1).sum(1)
+            return (tensor(shares[:, rows]) * self.local.reduced.evidence(self.data, given, rows)).flatten(1).sum(1)
 
         return _Slabs.apply(of, self.slabs(), self.particles, *(values[p].theta for p in parents))  # type: ignore[no-any-return,no-untyped-call]
 
@@ -338,8 +339,8 @@ class LabelledCore(Labels):
         out = {self.leaf.name: (self.units_first(self._mean), self.units_first(self._variance))}
         if self.parent is not None:
             spread = [np.linalg.inv(f) for f in self.factor]
-            top = torch.from_numpy(np.stack(self.top)).transpose(1, 2)[:, :, None]
-            out[self.parent.name] = top, torch.from_numpy(np.stack([(s**2).sum(1) for s in spread]))[:, :, None]
+            top = tensor(np.stack(self.top)).transpose(1, 2)[:, :, None]
+            out[self.parent.name] = top, tensor(np.stack([(s**2).sum(1) for s in spread]))[:, :, None]
         return out
 
 
@@ -358,7 +359,7 @@ class _Slabs(torch.autograd.Function):
         """Sum of the slabs' gradients."""
         tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         total = [torch.zeros_like(t) for t in tensors]
-        with torch.enable_grad():
+        with torch.enable_grad(), on(total[0].device):  # a device has a thread of its own for this
             for rows in ctx.slabs:
                 found = torch.autograd.grad((ctx.of(rows, tensors) * grads[0]).sum(), tensors, allow_unused=True, materialize_grads=True)
                 for t, g in zip(total, found, strict=True):

@@ -258,11 +258,11 @@ class Laws:
         term, slope, curve = (t.detach().expand(k, *sizes, *t.shape[1 + len(sizes) :]).reshape(k, n, *t.shape[1 + len(sizes) :]) for t in found)
         gradient, hessian = slope[:, :, None], curve[:, :, None]
         if block.dim != slope.shape[-1]:
-            columns = list(self.component.columns(block, latent))
+            columns = torch.tensor(list(self.component.columns(block, latent)))
             gradient = gradient.new_zeros(k, n, 1, block.dim)
             gradient[..., columns] = slope[:, :, None]
             hessian = gradient.new_zeros(k, n, 1, block.dim, block.dim)
-            hessian[..., torch.tensor(columns)[:, None], torch.tensor(columns)] = curve[:, :, None]
+            hessian[..., columns[:, None], columns] = curve[:, :, None]
         return term, {name: gradient}, {(name, name): hessian}
 
     def _rough(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:

@@ -10,11 +10,11 @@ import pytest
 # Name below `pavi_scale` -> level. A package's entry holds for its modules, unless a longer entry says otherwise.
 LEVELS = {
     "errors": 0, "instructions": 0, "quantile": 0, "rng": 0, "memory": 0,
-    "plates": 1, "links": 1, "laws": 1, "durable": 1, "digests": 1, "events": 1, "psis": 1, "progress": 1, "pictures": 1,
+    "plates": 1, "links": 1, "laws": 1, "durable": 1, "digests": 1, "events": 1, "psis": 1, "progress": 1, "pictures": 1, "device": 1,
     "model": 2, "cohort": 2, "encodings": 2, "flows": 2, "optimizers": 2, "lease": 2,
     "reduced": 3, "holding": 3, "noise": 3, "guide": 3, "batching": 3, "settings": 3, "server": 3,
     "ahead": 4, "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "ratios": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
-    "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
+    "spec": 4, "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
     "posterior": 4, "server.runtime": 4,
     "study": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "recording": 5, "writing": 5, "fit": 5,
     "summary": 5, "calibration": 5, "report": 5, "config": 5, "watching": 5, "checking": 5,

@@ -84,7 +84,7 @@ def _cuda(options: clusters.CudaCluster) -> Iterator[Client]:
     with _clear("the CUDA cluster"):
         cluster = kind(
             n_workers=options.workers, host="127.0.0.1", protocol="tcp", dashboard_address=HIDDEN, threads_per_worker=1,
-            device_memory_limit=options.device_memory or "default",
+            device_memory_limit=options.device_memory or "default", resources={"GPU": 1},
         )
     with cluster, Client(cluster, set_as_default=False) as client:
         _wait(client, 1, JOIN_SECONDS)
