@@ -21,13 +21,13 @@ from pavi_scale.cohort.truth import open_truth
 from pavi_scale.config import Study, load_cluster, load_model, load_study
 from pavi_scale.digests import COHORT
 from pavi_scale.errors import InputError, Interrupted, PaviError, PlanRefused
-from pavi_scale.fit import fit as fit_study
-from pavi_scale.fit import open_posterior
-from pavi_scale.fit import plan as plan_study
-from pavi_scale.fit import resume as resume_run
+from pavi_scale.fitting import fit as fit_study
+from pavi_scale.fitting import open_posterior
+from pavi_scale.fitting import plan as plan_study
+from pavi_scale.fitting import resume as resume_run
 from pavi_scale.memory import format_bytes
 from pavi_scale.posterior.posterior import Posterior
-from pavi_scale.report import report as write_report
+from pavi_scale.reporting import report as write_report
 from pavi_scale.run import Run, is_run
 from pavi_scale.server.runtime.clusters import open_cluster
 from pavi_scale.summary import summary_table

@@ -15,7 +15,7 @@ import xarray as xr
 
 from pavi_scale.calibration.result import FAILED, SBC
 from pavi_scale.errors import InputError, Interrupted, ModelError, NumericalError
-from pavi_scale.fit import fit
+from pavi_scale.fitting import fit
 from pavi_scale.model.template import Model
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.posterior.sampler import DRAWS as STORED_DRAWS

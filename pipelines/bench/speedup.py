@@ -38,7 +38,7 @@ def digest(run: Path) -> str:
 def one(cohort: str, run: Path, workers: int, ready: bool) -> dict[str, Any]:
     """One fit in this process or on a fresh cluster of so many workers."""
     torch.set_num_threads(1)
-    importlib.import_module("pavi_scale.fit").MOST_LANES = 1  # no option of a fit: one lane is slower wherever there are two cores
+    importlib.import_module("pavi_scale.fitting").MOST_LANES = 1  # no option of a fit: one lane is slower wherever there are two cores
     row: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         client = None
@@ -48,7 +48,8 @@ def one(cohort: str, run: Path, workers: int, ready: bool) -> dict[str, Any]:
             client = stack.enter_context(Client(cluster))
             client.wait_for_workers(workers, timeout=120)
             if ready:
-                client.run(importlib.import_module, "pipelines.hcp")
+                for name in ("pipelines.hcp", "pavi_scale.spec"):
+                    client.run(importlib.import_module, name)
         with timing(row, "seconds"):
             row["status"] = ps.fit(model, cohort, run=run, seed=0, client=client, progress=False).status
     return row | {"digest": digest(run)}

@@ -14,7 +14,7 @@ from pavi_scale import study as preparing
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import NumericalError
-from pavi_scale.fit import MOST_STALE
+from pavi_scale.fitting import MOST_STALE
 from pavi_scale.nonfinite import GIVE_UP, KEPT_EVERY, ROLL_BACK, Skips
 from pavi_scale.rows import Rows
 from pavi_scale.run import Run

@@ -16,8 +16,8 @@ LEVELS = {
     "ahead": 4, "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "ratios": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
     "spec": 4, "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
     "posterior": 4, "server.runtime": 4,
-    "study": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "recording": 5, "writing": 5, "fit": 5,
-    "summary": 5, "calibration": 5, "report": 5, "config": 5, "watching": 5, "checking": 5,
+    "study": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "recording": 5, "writing": 5, "fitting": 5,
+    "summary": 5, "calibration": 5, "reporting": 5, "config": 5, "watching": 5, "checking": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 FACADE = "pavi_scale"  # its `__init__` re-exports the public names and is imported by nothing below it
@@ -175,13 +175,13 @@ def test_the_source_keeps_the_rules(root):
 
 
 PLANTS = {
-    "upward": ({"pavi_scale/plates.py": "from pavi_scale.fit import fit\n"}, "level 1 module pavi_scale.plates imports level 5 module pavi_scale.fit"),
+    "upward": ({"pavi_scale/plates.py": "from pavi_scale.fitting import fit\n"}, "level 1 module pavi_scale.plates imports level 5 module pavi_scale.fitting"),
     "upward inside a package": ({"pavi_scale/server/state.py": "from pavi_scale.server import runtime\n"}, "pavi_scale.server.state imports level 4"),
     "type-checking only": ({"pavi_scale/rng.py": "import typing\nif typing.TYPE_CHECKING:\n    import pavi_scale.plates\n"}, "level 0 module pavi_scale.rng"),
-    "in a function": ({"pavi_scale/fit.py": "def f():\n    import math\n    return math\n"}, "fit.py:2: import inside a function"),
+    "in a function": ({"pavi_scale/fitting.py": "def f():\n    import math\n    return math\n"}, "fitting.py:2: import inside a function"),
     "cycle": ({"pavi_scale/elbo.py": "import pavi_scale.planning\n", "pavi_scale/planning.py": "from pavi_scale import elbo\n"}, "import cycle"),
-    "facade": ({"pavi_scale/fit.py": "import pavi_scale\n"}, "imports the package's facade"),
-    "relative": ({"pavi_scale/fit.py": "from .errors import PaviError\n"}, "relative import"),
+    "facade": ({"pavi_scale/fitting.py": "import pavi_scale\n"}, "imports the package's facade"),
+    "relative": ({"pavi_scale/fitting.py": "from .errors import PaviError\n"}, "relative import"),
     "dask in the mathematics": ({"pavi_scale/guide/core.py": "import dask.array as da\n"}, "dask imported in guide.core"),
     "zarr in the model": ({"pavi_scale/model/template.py": "from zarr import open_group\n"}, "zarr imported in model.template"),
     "pickle": ({"pavi_scale/run.py": "import pickle\n"}, "pickle imported in run"),
@@ -190,17 +190,17 @@ PLANTS = {
     "private import in a pipeline": ({"pipelines/radon.py": "from pavi_scale.guide.core import f\n"}, "pavi_scale.guide.core is not public"),
     "private name in a pipeline": ({"pipelines/radon.py": "import pavi_scale as ps\nps.guide\n"}, "ps.guide is not public"),
     "private name imported": ({"cluster/local.py": "from pavi_scale import guide\n"}, "guide is not public"),
-    "assert": ({"pavi_scale/fit.py": "assert True\n"}, "assert statement"),
-    "long module": ({"pavi_scale/fit.py": "\n" * 401}, "401 lines"),
-    "long function": ({"pavi_scale/fit.py": "def f():\n" + "    pass\n" * 70}, "function f has 71 lines"),
+    "assert": ({"pavi_scale/fitting.py": "assert True\n"}, "assert statement"),
+    "long module": ({"pavi_scale/fitting.py": "\n" * 401}, "401 lines"),
+    "long function": ({"pavi_scale/fitting.py": "def f():\n" + "    pass\n" * 70}, "function f has 71 lines"),
 }
 CLEAN = {
-    "pavi_scale/__init__.py": "from pavi_scale.fit import fit\n__all__ = ['fit']\n",
+    "pavi_scale/__init__.py": "from pavi_scale.fitting import fit\n__all__ = ['fit']\n",
     "pavi_scale/errors.py": "class PaviError(Exception): ...\n",
     "pavi_scale/plates.py": "from pavi_scale.errors import PaviError\n",
     "pavi_scale/rng.py": "", "pavi_scale/elbo.py": "", "pavi_scale/planning.py": "", "pavi_scale/guide/__init__.py": "", "pavi_scale/guide/core.py": "",
     "pavi_scale/server/__init__.py": "", "pavi_scale/server/state.py": "", "pavi_scale/server/runtime.py": "import distributed\n",
-    "pavi_scale/fit.py": "from pavi_scale.plates import PaviError\nfrom pavi_scale.server import runtime\n",
+    "pavi_scale/fitting.py": "from pavi_scale.plates import PaviError\nfrom pavi_scale.server import runtime\n",
     "pipelines/__init__.py": "", "pipelines/radon.py": "import pavi_scale as ps\nfrom pavi_scale.errors import PaviError\nps.fit, ps.errors\n",
 }  # fmt: skip
 
