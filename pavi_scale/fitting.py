@@ -22,7 +22,7 @@ from pavi_scale.cohort.readers import READ
 from pavi_scale.computation import StudyComputation
 from pavi_scale.device import find
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
-from pavi_scale.memory import format_bytes
+from pavi_scale.memory import format_bytes, keep_freed_memory
 from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan
 from pavi_scale.posterior.posterior import Posterior
@@ -209,6 +209,7 @@ def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None)
 
 def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client | None, progress: bool, began: float) -> Posterior:
     """Train unless that is done, then write the posterior."""
+    keep_freed_memory()
     deadline = began + float(config.get("max_time") or math.inf)
     before, since = (READ.seconds, READ.nbytes, READ.decoded), time.monotonic()
     spec = replace(study.spec, device=config["device"])

@@ -5,7 +5,6 @@ The blocks are eliminated (Gaussian, exact for linear-Gaussian laws), and the ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -37,9 +36,6 @@ DIRECTIONS = 4  # random ones, from which the search of the root's mode takes it
 REFITTED = 40  # root coordinates up to which their whole curvature is looked at, and the root is refitted by importance
 GRADIENT = 2e-2  # posterior sds off its mode at which a search of the root ends
 EVALUATIONS = 60  # of the root's marginal in one search at most
-SMALL = 1 << 20  # coordinates x root points up to which many root points take about as long as one: what takes the time there is that there is a call
-PER_STEP = 4  # evaluations that a Newton step is counted as
-LONGEST = 2.0  # step of a search, in spreads of the prior
 AVERAGED = 3  # Newton steps from the root's mode to its mean
 NEAR = 0.01  # sds of the last of them at which they end
 
@@ -198,8 +194,6 @@ class Upper:
         """Mode of the root's marginal from a start, and the free blocks there; where so many evaluations lead, if that is nearer."""
         if not len(self.rest):
             return self.centre(sites, start)
-        if (1 + len(self.rest)) * self.size(self.reduced) <= SMALL:
-            return self.centre(sites, self._newton(sites, start, max(1, evaluations // PER_STEP)))
         # The sites' precision grows by orders of magnitude over the rounds: the search is whitened.
         metric = self.metric(sites, start)
 
@@ -217,33 +211,6 @@ class Upper:
         options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": 1e-13, "gtol": GRADIENT}
         found = minimize(objective, np.zeros(len(self.rest)), jac=True, method="L-BFGS-B", options=options)
         return self.centre(sites, at(found.x))
-
-    def _newton(self, sites: Sites, root: np.ndarray, steps: int) -> np.ndarray:
-        """The mode, by Newton steps whose curvature is taken from gradients at neighbouring points, all looked at together."""
-        rest, scale = self.rest, self.scale[self.rest]
-        width, best, good, step = 1e-3 * np.ones(len(rest)), -math.inf, root, np.zeros(len(rest))
-        for _ in range(steps):
-            points = np.repeat(root[None], 1 + len(rest), 0)
-            points[1 + np.arange(len(rest)), rest] += width * scale
-            value, grad = self.bound(sites, points)
-            g = grad[:, rest] * scale
-            if not (np.isfinite(value[0]) and np.isfinite(g).all()) or value[0] < best:
-                step, root = 0.25 * step, good.copy()  # too far
-                root[rest] += scale * step
-                continue
-            best, good = float(value[0]), root
-            h = (g[0] - g[1:]) / width[:, None]
-            curve, vectors = np.linalg.eigh(0.5 * (h + h.T))
-            curve = np.maximum(np.abs(curve), 0.25)
-            along = vectors.T @ g[0]
-            if math.sqrt(along @ (along / curve)) < GRADIENT:
-                break
-            step = vectors @ (along / curve)
-            step *= min(1.0, LONGEST / float(np.abs(step).max()))
-            width = np.minimum(1e-3, 0.1 / np.sqrt((vectors**2) @ curve))
-            root = good.copy()
-            root[rest] += scale * step
-        return good
 
     def average(self, sites: Sites, root: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Location and covariance of the Gaussian that fits the marginal of the searched coordinates best on average (E[gradient] = 0), from its mode.

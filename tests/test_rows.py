@@ -190,22 +190,6 @@ def test_intervals_of_a_small_cortical_study_hold_the_truth(tmp_path):
     assert correct > 0.6
 
 
-def test_both_searches_of_the_root_end_at_its_mode(tmp_path, monkeypatch):
-    make_cohort(str(tmp_path / "c.zarr"), subjects=10, vertices=60)
-    made = Rows(trainer(cortical, str(tmp_path / "c.zarr"))).upper
-    rng = np.random.default_rng(0)
-    sites = made.initial(made.scale * 0.0, {b.name: rng.normal(0.0, 0.5, (made.reduced.count(b.plates), b.dim)) for b in made.blocks})
-    sites.precision.update({b: np.full_like(x, 20.0) for b, x in sites.loc.items()})
-    start = rng.normal(0.0, 0.3, len(made.scale)) * made.scale
-    found = []
-    for small in (1 << 40, 0):
-        monkeypatch.setattr(upper, "SMALL", small)
-        found.append(made.solve(sites, start, 200).root)
-    sd = np.sqrt(np.diagonal(made.covariance(sites, found[0])))
-    assert (np.abs(found[0] - start)[made.rest] / sd).max() > 10  # it was no short way
-    assert np.abs((found[0] - found[1])[made.rest] / sd).max() < 5 * upper.GRADIENT
-
-
 def test_roots_that_are_gaussian_given_the_others_join_their_component(monkeypatch):
     model, data = groups()
     free(monkeypatch, "group")
