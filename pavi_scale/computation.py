@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pavi_scale.ahead import Ahead, key_of
 from pavi_scale.batching import Shard, closure, flat_positions, splittable
-from pavi_scale.cohort import Cohort
+from pavi_scale.cohort import Cohort, CohortSpec
 from pavi_scale.device import PROCESSOR, doubles, on
 from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import CohortError, NumericalError
@@ -33,6 +33,7 @@ from pavi_scale.guide.terms import spent
 from pavi_scale.holding import Holding, Key
 from pavi_scale.memory import release_freed_memory
 from pavi_scale.model.density import Graph
+from pavi_scale.model.template import Model
 from pavi_scale.moments import Moments, points_of
 from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
@@ -42,7 +43,7 @@ from pavi_scale.ratios import local_ratios
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.scores import gather
-from pavi_scale.settings import Settings, precision
+from pavi_scale.settings import Settings, make_graph, precision
 
 Arrays = Mapping[str, np.ndarray]
 FEW_CANDIDATES = 16
@@ -73,6 +74,10 @@ class StudyComputation:
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
         data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
         self.space = RootSpace(graph, Reduced(graph, Selection(self.layout, {}, {}), data, dtype=self.dtype, device=device))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Elsewhere the cohort is opened anew, and computed on the processor; what is kept here stays here."""
+        return reopened, (self.graph.model, self.cohort.spec(), self.settings)
 
     # -- data -------------------------------------------------------------------------------------------------------------------
 
@@ -378,3 +383,9 @@ class StudyComputation:
     def block(self, name: str) -> Block:
         """A block by name."""
         return next(b for b in self.guide.blocks if b.name == name)
+
+
+def reopened(model: Model, cohort: CohortSpec, settings: Settings) -> StudyComputation:
+    """The computation of a pickled study."""
+    opened = cohort.open(model)
+    return StudyComputation(make_graph(opened), opened, settings)

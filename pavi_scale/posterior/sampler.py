@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 import xarray as xr
 
-from pavi_scale.errors import InputError, RunError
+from pavi_scale.errors import RunError
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Layout
 
@@ -163,6 +164,7 @@ def _take(values: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
 
 
 _Loader = Callable[[str, Model | None], Context]
+_LOADING = "pavi_scale.writing"  # registers the loader; a process that only unpickles lazy arrays, or opens a run through xarray, has not imported it
 _loaders: list[_Loader] = []
 
 
@@ -175,8 +177,9 @@ def load(run_path: str, model: Model | None = None) -> Context:
     """The context of a run.
 
     Raises:
-        InputError: No loader is registered (`import pavi_scale` registers it).
+        InputError: The model cannot be imported.
+        RunError: No run, or a damaged one.
     """
     if not _loaders:
-        raise InputError("posteriors cannot be loaded", where=run_path, expected="a registered loader", got="none", remedy="import pavi_scale first")
+        import_module(_LOADING)
     return _loaders[0](run_path, model)

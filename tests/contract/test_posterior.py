@@ -6,6 +6,7 @@ import time
 import warnings
 from importlib.metadata import entry_points
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -92,6 +93,16 @@ print(again.status)
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), draws)
     np.testing.assert_array_equal(np.load(tmp_path / "mean.npy"), posterior.datatree["posterior_mean"]["theta"].values)
     np.testing.assert_allclose(np.load(tmp_path / "elbo.npy"), posterior.elbo())
+
+
+def test_pickled_draws_read_elsewhere(fitted, tmp_path):
+    """Nothing but what the pickle asks for is imported there; pickled as Dask does, since the model is a local function's."""
+    draws = fitted[0].datatree["posterior"]["theta"].isel(draw=[0, 7])
+    (tmp_path / "draws.pickle").write_bytes(cloudpickle.dumps(draws))
+    code = f"import pickle, numpy as np; np.save({str(tmp_path / 'there.npy')!r}, pickle.load(open({str(tmp_path / 'draws.pickle')!r}, 'rb')).values)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-3000:]
+    np.testing.assert_array_equal(np.load(tmp_path / "there.npy"), draws.values)
 
 
 def test_plain_zarr_without_the_package(fitted, tmp_path):
