@@ -76,7 +76,7 @@ def main(folder):
     ):
         cohort = str(folder / "gre.zarr")
         found["workers"] = {"gap": gap(fit(gre.model, cohort, "cpu"), fit(gre.model, cohort, second.NAME, client=client))}
-        found["workers"]["operations"] = min(client.run(lambda: sum(sys.modules["tests.device.second"].done.values())).values())
+        found["workers"]["operations"] = sum(client.run(lambda: sum(sys.modules["tests.device.second"].done.values())).values())
     second.FREE = 1 << 20
     try:
         fit(gre.model, cohort, second.NAME)

@@ -11,17 +11,27 @@ import sys
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from pavi_scale.device import array, check_room, doubles, find, on, tensor
 from pavi_scale.errors import InputError
 from pipelines import gre
 
 
-@pytest.fixture(scope="module")
-def found(root, tmp_path_factory):
-    """What `tests.device.fits` prints, from a process of its own: a device is registered for good."""
+@pytest.fixture(scope="session")
+def found(root, tmp_path_factory, worker_id):
+    """What `tests.device.fits` prints, from a process of its own: a device is registered for good. Processes that share the tests share it."""
+    if worker_id == "master":
+        return fits(root, tmp_path_factory.mktemp("device"))
+    kept = tmp_path_factory.getbasetemp().parent / "device.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_text(json.dumps(fits(root, tmp_path_factory.mktemp("device"))))
+    return json.loads(kept.read_text())
+
+
+def fits(root, folder):
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    folder = tmp_path_factory.mktemp("device")
     done = subprocess.run([sys.executable, "-m", "tests.device.fits", str(folder)], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -34,8 +44,9 @@ def test_a_device_finds_the_processor_s_posterior(found, study):
 
 
 @pytest.mark.cluster
-def test_workers_each_compute_on_theirs(found):
-    assert found["workers"]["operations"] > 100
+def test_workers_compute_on_theirs(found):
+    """Both together: one may be ready so early that it does it all."""
+    assert found["workers"]["operations"] > 1000
     assert found["workers"]["gap"] < 1e-9
 
 
