@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pavi_scale.progress import Progress
 from pavi_scale.recording import encoding_from, encoding_record, find_model, read_record, record, reopen_cohort
 from pavi_scale.rows import Rows
 from pavi_scale.run import OWN_DIRECTORIES, Run, local_path
+from pavi_scale.searching import begin
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.runtime import Client, DaskEngine
@@ -265,7 +267,8 @@ def train(
         if resumed is not None:  # the trace goes on where it was cut
             trainer.trace += [(stage, math.nan if value is None else value) for stage, value in facts.get("trace", [])]
             trainer.seconds += facts.get("trace_seconds", [])
-        fitted = Rows(trainer).fit(checkpoint, resumed)
+        rows = Rows(trainer)
+        fitted = rows.fit(checkpoint, resumed, partial(begin, rows))
     else:
         fitted = trainer.marginal(study.trained)
     facts = {**facts_of(fitted, time.monotonic() - began, deadline), "skipped": trainer.skips.total}

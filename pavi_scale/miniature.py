@@ -6,6 +6,7 @@ Which of the poor local optima of a mixture a search ends in is decided by a few
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,8 +57,8 @@ def first_selection(study: StudyComputation, fewer: dict[str, int] | None = None
     return math.ceil(max(FIRST / max(observed, 1), EACH * rows / max(values, 1)) * cardinality.get(study.settings.split or "", 1))
 
 
-def miniature(study: StudyComputation, seed: int) -> StudyComputation | None:
-    """The study of a few random units of each plate that free rows lie on, and of the split plate; None where the whole is small, or plates are nested."""
+def few_units(study: StudyComputation, seed: int) -> dict[str, np.ndarray] | None:
+    """A few random units of each plate that free rows lie on, and of the split plate; None where the whole is small, or plates are nested."""
     layout, split = study.layout, study.settings.split
     if split is None or layout.index or coordinates_of_rows(study) <= LARGE:
         return None
@@ -68,6 +69,10 @@ def miniature(study: StudyComputation, seed: int) -> StudyComputation | None:
         few[largest] = max(2, min(few[largest] - 1, int(SMALL / per_unit * few[largest] / math.prod(few.values()))))
     few[split] = min(first_selection(study, few), layout.cardinality[split])
     rng = np.random.default_rng(stream(seed, "miniature") % 2**63)
-    units = {p: np.sort(rng.choice(layout.cardinality[p], n, replace=False)) for p, n in few.items()}
+    return {p: np.sort(rng.choice(layout.cardinality[p], n, replace=False)) for p, n in few.items()}
+
+
+def miniature(study: StudyComputation, units: Mapping[str, np.ndarray]) -> StudyComputation:
+    """The study of some units; their data are read."""
     part = study.cohort.part(units)
     return StudyComputation(make_graph(part), part, study.settings)

@@ -23,11 +23,11 @@ from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
 from pavi_scale.guide.root import StudentT
 from pavi_scale.marginal import refit, whitening
-from pavi_scale.miniature import Ready, first_selection, miniature
+from pavi_scale.miniature import first_selection
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import Scores
-from pavi_scale.server.local import LocalEngine
+from pavi_scale.server.answer import torch_threads
 from pavi_scale.sites import Centre, Residual, Sites, refreshed, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
@@ -82,6 +82,16 @@ def spread_out(count: int, length: int, chunk: int, key: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+@dataclass(frozen=True)
+class Found:
+    """Where a start has led: sites, root, bound, and where coarse blocks below were found."""
+
+    sites: Sites
+    root: np.ndarray
+    value: float
+    starts: dict[str, np.ndarray]
+
+
 @dataclass
 class Rows:
     """Trains the free rows of a study.
@@ -111,10 +121,13 @@ class Rows:
         length -= length % chunk if length > chunk else 0  # whole rows of chunks
         self.order = spread_out(self.count, length, max(length, chunk), stream(seed, "cells"))
 
-    def fit(self, on_checkpoint: Checkpoint, resumed: tuple[Mapping[str, np.ndarray], int] | None = None) -> Fitted:
-        """Sites and root posterior."""
+    def fit(
+        self, on_checkpoint: Checkpoint, resumed: tuple[Mapping[str, np.ndarray], int] | None = None,
+        begin: Callable[[], tuple[Sites, np.ndarray]] | None = None,
+    ) -> Fitted:
+        """Sites and root posterior; `begin` finds the first of them, if not `search`."""
         if resumed is None:
-            sites, root, step = *self.search(), 1
+            sites, root, step = *(begin or self.search)(), 1
             settled = False
             sites = self.save(on_checkpoint, sites, root, step, settled)
         else:
@@ -144,44 +157,44 @@ class Rows:
         scores = self.round(self.sizes[step - 1], centre, REFRESH + step)
         return refreshed(sites, centre, scores, self.upper.scale, self.sizes[step] / self.sizes[step - 1]), centre.root
 
-    def search(self) -> tuple[Sites, np.ndarray]:
+    def search(self, follow: Callable[[np.ndarray], list[Found]] | None = None) -> tuple[Sites, np.ndarray]:
         """From each start, rounds over the smallest selection; the best goes on (mixtures have poor local optima).
 
-        A large cohort is searched in miniature first, and followed from the root found there.
+        Args:
+            follow: Who follows the starts, if not this process.
         """
-        study, seed = self.trainer.study, self.trainer.seed
-        if (small := miniature(study, seed)) is not None:
-            # The driver is busy for seconds: meanwhile shards are read that will be kept beside the growing selections, most likely by who is asked for them.
-            room = study.settings.cache_bytes - study.cohort.nbytes / (GROWTH - 1) / self.trainer.engine.processes
-            if room > 0:
-                self.trainer.engine.submit("fetch", {}, [{"pieces": pieces, "room": room} for pieces in self.parts(self.pieces(self.count))])
-            with LocalEngine(Ready(small)) as engine:
-                found_there, root = Rows(replace(self.trainer, study=small, engine=engine), least=1, prior=self.draws).search()  # nobody shares its rounds
-            fresh = self.upper.initial(root, self.rows_at(root, 0))
-            sites = Sites(fresh.loc, fresh.precision, found_there.root, found_there.pull, found_there.root_precision)
-            # Such sites say nothing of the joined roots yet: rows are looked at where the root says.
-            centre = replace(self.upper.centre(sites, root), root=root, loc=fresh.loc)
-            sites, root, _ = self.follow(sites, centre, LOOK, 1000)
-            return sites, root
-        starts = start_points(study, self.draws, seed) if study.space.dim else np.zeros((1, 0))
+        study = self.trainer.study
+        starts = start_points(study, self.draws, self.trainer.seed) if study.space.dim else np.zeros((1, 0))
         starts = starts[:CENTRED_STARTS] if len(starts) else self.draws[:PRIOR_STARTS]
-        found: list[tuple[Sites, np.ndarray, float, dict[str, np.ndarray]]] = []
-        for attempt, point in enumerate(starts):
+        found = (follow(starts) if follow is not None else []) or self.follow_each(starts)
+        best = max(found, key=lambda f: f.value)
+        self.starts = best.starts
+        sites, root, _ = self.follow(best.sites, self.upper.solve(best.sites, best.root), SEARCH, 1000 * (1 + len(found)))
+        return sites, root
+
+    def follow_each(self, starts: np.ndarray, first: int = 0) -> list[Found]:
+        """What some rounds lead to from each root point, `[K, R]`, of which the first is the search's start number `first`.
+
+        Raises:
+            NumericalError: No start has led to anything finite.
+        """
+        found: list[Found] = []
+        for attempt, point in enumerate(starts, first):
             if found and time.monotonic() > self.trainer.deadline:
                 break
             rows = self.rows_at(point, attempt)
             sites = self.upper.initial(point, rows)
             centre = replace(self.upper.centre(sites, point), loc=rows)
-            # A start is a guess to be followed, not a posterior to be averaged over: it is looked at from near by.
             self.starts = {}  # labels are numbered differently
             try:
-                found.append((*self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW), self.starts))
+                # A start is a guess to be followed, not a posterior to be averaged over: it is looked at from near by.
+                with torch_threads(self.trainer.study.settings.threads):  # here as on a worker
+                    sites, root, value = self.follow(sites, centre, LOOK, 1000 * (1 + attempt), NARROW)
+                found.append(Found(sites, root, value, self.starts))
             except NumericalError:
-                if not found and attempt == len(starts) - 1:  # a start may lie where nothing is finite, but not each of them
+                if not found and attempt == first + len(starts) - 1:  # a start may lie where nothing is finite, but not each of them
                     raise
-        sites, root, _, self.starts = max(found, key=lambda f: f[2])
-        sites, root, _ = self.follow(sites, self.upper.solve(sites, root), SEARCH, 1000 * (1 + len(found)))
-        return sites, root
+        return found
 
     def rows_at(self, root: np.ndarray, attempt: int) -> dict[str, np.ndarray]:
         """Rows near their prior means at a root point."""

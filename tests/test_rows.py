@@ -1,6 +1,7 @@
 """Free rows: scores and curvatures against closed forms, sites against exact posteriors, coverage on a simulated cohort, and what the status says."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -8,15 +9,16 @@ import xarray as xr
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
-from pavi_scale import miniature, rows, study, upper
+from pavi_scale import miniature, rows, searching, study, upper
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
-from pavi_scale.errors import InputError, RunError
+from pavi_scale.errors import InputError, NumericalError, RunError
 from pavi_scale.rows import ROWS, Rows, spread_out
 from pavi_scale.run import Run
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.sites import residual
+from pavi_scale.starts import start_points
 from pavi_scale.training import Trainer
 from pipelines.hcp import make_cohort
 from pipelines.hcp import model as cortical
@@ -223,10 +225,10 @@ def test_a_large_cohort_is_searched_in_miniature(tmp_path, monkeypatch):
     make_cohort(store, subjects=40, vertices=300, seed=5)
     made = study.prepare(open_cohort(store, cortical), seed=5)
     whole = StudyComputation(made.graph, made.cohort, made.settings)
-    assert miniature.miniature(whole, 0) is None  # not large
+    assert miniature.few_units(whole, 0) is None  # not large
     monkeypatch.setattr(miniature, "LARGE", 6000)
     monkeypatch.setattr(miniature, "SMALL", 5000)
-    part = miniature.miniature(whole, 0)
+    part = miniature.miniature(whole, miniature.few_units(whole, 0))
     assert part.layout.cardinality["session"] * part.layout.cardinality["subject"] * 224 <= 5000
     assert part.layout.cardinality["vertex"] == 300  # as many as the rows of few subjects need
     x = xr.open_zarr(store, consolidated=False)["x"].values
@@ -237,6 +239,65 @@ def test_a_large_cohort_is_searched_in_miniature(tmp_path, monkeypatch):
     order = np.abs(np.corrcoef(truth["mu"].values, mean["mu"].values)[:7, 7:]).argmax(1)
     assert sorted(order) == list(range(7))
     assert np.corrcoef(truth["mu_session"].values.ravel(), mean["mu_session"].values[:, :, order].ravel())[0, 1] > 0.99
+
+
+class Several(LocalEngine):
+    """An engine that has workers to share among, as far as the driver sees."""
+
+    processes = 2
+
+    def submit(self, kind, state, tasks):
+        self.asked = [*getattr(self, "asked", []), (kind, len(tasks))]
+        # Over the wire and back: nothing is shared by reference.
+        return super().submit(kind, pickle.loads(pickle.dumps(state)), pickle.loads(pickle.dumps(tasks)))
+
+
+def test_shared_starts_lead_to_the_same_bits(tmp_path, monkeypatch):
+    store = str(tmp_path / "cohort.zarr")
+    make_cohort(store, subjects=40, vertices=300, seed=5)
+    monkeypatch.setattr(miniature, "LARGE", 6000)
+    monkeypatch.setattr(miniature, "SMALL", 5000)
+    made = study.prepare(open_cohort(store, cortical), seed=5)
+    found = []
+    for kind in (LocalEngine, Several):
+        computation = StudyComputation(made.graph, made.cohort, made.settings)
+        with kind(made.spec) as engine:
+            told = Trainer(computation, engine, 5, math.inf, lambda *_: None)
+            sites, root = searching.begin(Rows(told))
+            found.append((sites.arrays(), root, told.trace))
+    (alone, root, trace), (shared, same_root, same_trace) = found
+    assert ("search", 2) in engine.asked
+    assert sum(n for k, n in engine.asked if k == "fetch") > 0
+    assert trace == same_trace
+    assert len(trace) > 9
+    np.testing.assert_array_equal(root, same_root)
+    assert {k: v.tobytes() for k, v in alone.items()} == {k: v.tobytes() for k, v in shared.items()}
+
+
+def test_a_start_that_leads_nowhere_is_left_out(tmp_path, monkeypatch):
+    path = str(tmp_path / "cohort.zarr")
+    make_cohort(path, subjects=6, vertices=60, seed=5)
+    made = study.prepare(open_cohort(path, cortical), seed=5)
+    computation, real, bad = StudyComputation(made.graph, made.cohort, made.settings), Rows.follow, {1000}
+
+    def follow(self, sites, centre, rounds, step, spread=1.0):
+        if step in bad:
+            raise NumericalError("not finite")
+        return real(self, sites, centre, rounds, step, spread)
+
+    monkeypatch.setattr(Rows, "follow", follow)
+    with Several(made.spec) as engine:
+        told = Trainer(computation, engine, 5, math.inf, lambda *_: None)
+        rows = Rows(told, least=1)
+        starts = start_points(computation, rows.draws, 5)[:2]
+        here = rows.follow_each(starts)
+        there = searching.received(searching.send(engine, computation, rows.draws, 5, starts), told)
+        assert len(here) == len(there) == 1
+        assert here[0].value == there[0].value
+        bad.add(2000)
+        assert searching.received(searching.send(engine, computation, rows.draws, 5, starts), told) == []
+        with pytest.raises(NumericalError):
+            rows.search(lambda starts: [])
 
 
 @pytest.mark.parametrize(("count", "length", "chunk"), [(59_412, 232, 1024), (10, 3, 4), (1, 1, 1), (1000, 3, 3), (7, 7, 100)])
