@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,6 @@ class Rows:
 
     def __post_init__(self) -> None:
         study, seed = self.trainer.study, self.trainer.seed
-        self.draws = study.space.prior_draws(256, stream(seed, "prior") % 2**31) if self.prior is None else self.prior
-        scale = whitening(self.draws)[1] if study.space.dim else np.zeros(0)
-        self.upper = Upper(study, scale)
         self.starts: dict[str, np.ndarray] = {}  # where coarse blocks below were found, or about where they should be
         self.split = study.settings.split
         self.count = study.layout.cardinality.get(self.split or "", 1)
@@ -120,6 +118,18 @@ class Rows:
         length, chunk = max(1, min(shard_length(study), self.count // CELLS)), study.cohort.chunk(self.split or "") or 1
         length -= length % chunk if length > chunk else 0  # whole rows of chunks
         self.order = spread_out(self.count, length, max(length, chunk), stream(seed, "cells"))
+
+    # Not made before they are asked for: meanwhile workers read.
+
+    @cached_property
+    def draws(self) -> np.ndarray:
+        """Draws of the root's prior, `[256, R]`."""
+        return self.trainer.study.space.prior_draws(256, stream(self.trainer.seed, "prior") % 2**31) if self.prior is None else self.prior
+
+    @cached_property
+    def upper(self) -> Upper:
+        """Root, free blocks and what is coupled to them."""
+        return Upper(self.trainer.study, whitening(self.draws)[1] if self.trainer.study.space.dim else np.zeros(0))
 
     def fit(
         self, on_checkpoint: Checkpoint, resumed: tuple[Mapping[str, np.ndarray], int] | None = None,
@@ -148,8 +158,7 @@ class Rows:
             step += 1
             settled = step > last + 1 and left.typical < CALM and left.worst < WORST and ROOT_ERROR * left.root < CALM
             sites = self.save(on_checkpoint, sites, root, step, settled)
-        centre = self.upper.solve(sites, root)
-        return self.fitted(sites, centre, settled, self.lost(sites, centre))
+        return self.fitted(sites, self.upper.solve(sites, root), settled)
 
     def refresh(self, sites: Sites, root: np.ndarray, step: int) -> tuple[Sites, np.ndarray]:
         """The root's site once the rows have moved: as their fit improves, less is left as noise, which a pass at the old rows does not know."""
@@ -305,14 +314,17 @@ class Rows:
         on_checkpoint({**kept, **self.starts, "root/loc": root, "rows/settled": np.asarray(float(settled))}, step)
         return Sites.of(kept)
 
-    def fitted(self, sites: Sites, centre: Centre, settled: bool, lost: float) -> Fitted:
+    def fitted(self, sites: Sites, centre: Centre, settled: bool) -> Fitted:
         """The guide's state: rows, and the root given them - refitted by importance where it is small, else its best Gaussian."""
         trainer, dim = self.trainer, self.trainer.study.space.dim
-        trainer.state = {k: v for k, v in sites.arrays().items() if k.startswith("site/")} | self.starts
-        if dim == 0:
-            fitted = trainer._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), settled, math.nan)
-            return replace(fitted, lost=lost)
-        return replace(self._root(sites, centre, settled), lost=lost)
+        trainer.state = {k: v for k, v in sites.arrays().items() if k.startswith("site/")}
+        with ThreadPoolExecutor(1, "pavi-lost") as aside:  # workers look for lost couplings while the driver looks at the root
+            lost = aside.submit(self.lost, sites, centre)
+            if dim:
+                fitted = self._root(sites, centre, settled)
+            else:
+                fitted = trainer._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), settled, math.nan)
+            return replace(fitted, lost=lost.result(), state=fitted.state | self.starts)
 
     def _root(self, sites: Sites, centre: Centre, settled: bool) -> Fitted:
         """Pool and Gaussian of the root: the searched coordinates, then the joined ones given them."""

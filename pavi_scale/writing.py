@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -58,9 +59,12 @@ def write_posterior(
     if held:
         # Draws of few units take well below a second: the loop that makes their normals is compiled now, once per installation, not in the first of them.
         rng.normal(0, np.arange(1), dtype=np.float32 if study.settings.dtype == "float32" else np.float64)
-    write_root(writer, computation, state)
-    write_returned(writer, study, answers)
-    status, tables = diagnose(computation, [] if ratios is None else ratios.result(), state, facts)
+    with ThreadPoolExecutor(1, "pavi-flush") as aside:
+        flushed = aside.submit(writer.flush)  # the disk works while workers and driver compute
+        write_root(writer, computation, state)
+        write_returned(writer, study, answers)
+        status, tables = diagnose(computation, [] if ratios is None else ratios.result(), state, facts)
+        flushed.result()
     labels = {p: study.cohort.coordinate(p) for p in sorted({p for dims, _ in tables.values() for p in dims})}
     writer.put("diagnostics", table_group(tables, {p: label for p, label in labels.items() if label is not None}))
     writer.put("fit", trace_group(facts["trace"], facts.get("history", {})))

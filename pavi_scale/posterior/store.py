@@ -6,6 +6,7 @@ Arrays are created beforehand with known chunks; each region has one writer; eve
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
@@ -20,7 +21,8 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
-from pavi_scale.durable import disk_errors, sync_directory
+from pavi_scale.digests import tree
+from pavi_scale.durable import disk_errors, sync_directory, sync_file
 from pavi_scale.errors import NumericalError, RunError
 from pavi_scale.posterior.integrity import MANIFEST, expected_chunks, missing_chunks, write_manifest
 from pavi_scale.posterior.sampler import Context, Latent
@@ -250,6 +252,13 @@ class PosteriorWriter:
     def missing(self) -> list[str]:
         """Chunk files not written yet, relative to the store: what a resumed pass has still to do."""
         return missing_chunks(self.path)
+
+    def flush(self) -> None:
+        """Force to disk what has been written so far: `finish` has less to wait for."""
+        with disk_errors("the posterior cannot be written", self.path):
+            for name in tree(self.path, self.path / MANIFEST)[0]:
+                with contextlib.suppress(FileNotFoundError):  # what is being written has a passing name
+                    sync_file(self.path / name)
 
     def finish(self) -> Path:
         """Complete the store: consolidate metadata, force it to disk, write the manifest, take the final name.
