@@ -1,5 +1,6 @@
 """SIGKILL of a worker, of the driver (the hub lives in it) and of the scheduler at seeded moments: every run ends with the same bits."""
 
+import os
 import queue
 import random
 import signal
@@ -16,7 +17,7 @@ from pipelines import gre
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")]
 
-TOGETHER = 2  # fits under kills at the same time, each on a cluster of its own
+TOGETHER = max(1, (os.cpu_count() or 1) // 2)  # fits under kills at the same time, each on two workers of its own: one worker a core
 RECOVERY = 30.0  # seconds to the next answer, in 95 of 100 kills
 TARGETS = ("worker", "driver", "scheduler", "worker and driver")
 
