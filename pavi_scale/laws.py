@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -76,16 +77,20 @@ class IsotropicNormalMixture(Distribution):
     def evidence(self, value: Tensor) -> Tensor:
         """Log-density of `value` `[..., D]` under each component, `[..., K]`: log N(x; m_k, s^2 I).
 
-        Differences between components are as exact as in `log_prob`; what they share is to single rounding of |x|^2, and no copy of x is made.
+        In single precision on the processor by compiled loops (`distances`). Elsewhere differences between components are as exact as in `log_prob`;
+        what they share is to single rounding of |x|^2, and no copy of x is made.
         """
+        precision = self.scale**-2
+        constant = value.shape[-1] * (self.scale.log() + 0.5 * math.log(2.0 * math.pi))
+        if self.loc.ndim == 2 and {value.dtype, self.loc.dtype} == {torch.float32} and {value.device.type, self.loc.device.type} == {"cpu"}:
+            apart = import_module("pavi_scale.distances").squares(value, self.loc)  # not before it is needed: Numba takes half a second
+            return -0.5 * precision.unsqueeze(-1) * apart - constant.unsqueeze(-1)
         centre = self.loc.detach().mean(-2)
         m = self.loc - centre.unsqueeze(-2)
         rows = torch.cat([m, centre.unsqueeze(-2)], -2)
         product = (value.unsqueeze(-2) @ rows.mT).squeeze(-2)
         apart = product[..., :-1] - (centre.unsqueeze(-2) * m).sum(-1) - 0.5 * m.square().sum(-1)
         off = torch.linalg.vector_norm(value, dim=-1).square() - 2 * product[..., -1] + centre.square().sum(-1)
-        precision = self.scale**-2
-        constant = value.shape[-1] * (self.scale.log() + 0.5 * math.log(2.0 * math.pi))
         return precision.unsqueeze(-1) * apart - (0.5 * precision * off + constant).unsqueeze(-1)
 
     def responsibilities(self, value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from pavi_scale.guide.sweeps import LANES, scatter, sweep
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Value
 
-SLAB = 1 << 20  # values of the data, times particles, looked at together
+SLAB = 1 << 22  # values of the data, times particles, looked at together
 SWEEPS = 20
 FIRST_STEPS, STEPS, DRAW_STEPS = 3, 2, 3  # Newton steps of each leaf in the first sweep, in the others, and for a draw
 LEAST = 0.95  # precision of a parent unit, in units of its prior's: a few leaves with two modes would make it less, or nothing
@@ -330,9 +330,9 @@ class LabelledCore(Labels):
 
         def of(rows: slice, tensors: Sequence[Tensor]) -> Tensor:
             given = {**self.local.given, **{p: Value(t, values[p].plates) for p, t in zip(parents, tensors, strict=True)}}
-            return (tensor(shares[:, rows]) * self.local.reduced.evidence(self.data, given, rows)).flatten(1).sum(1)
+            return self.local.reduced.evidence(self.data, given, rows)
 
-        return _Slabs.apply(of, self.slabs(), self.particles, *(values[p].theta for p in parents))  # type: ignore[no-any-return,no-untyped-call]
+        return _Slabs.apply(of, shares, self.slabs(), *(values[p].theta for p in parents))  # type: ignore[no-any-return,no-untyped-call]
 
     def moments(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Block -> mean and variance of its coordinates given the root, `[K, n, 1, e]`."""
@@ -345,24 +345,26 @@ class LabelledCore(Labels):
 
 
 class _Slabs(torch.autograd.Function):
-    """A sum over slabs of which only the gradient is asked for: each is computed in the backward pass and let go."""
+    """A sum over slabs, weighted, of which only the gradient is asked for: each is computed in the backward pass and let go."""
 
     @staticmethod
-    def forward(ctx: Any, of: Callable[[slice, Sequence[Tensor]], Tensor], slabs: list[slice], particles: int, *tensors: Tensor) -> Tensor:
-        """Zeros `[K]`."""
-        ctx.of, ctx.slabs = of, slabs
+    def forward(ctx: Any, of: Callable[[slice, Sequence[Tensor]], Tensor], weights: np.ndarray, slabs: list[slice], *tensors: Tensor) -> Tensor:
+        """Zeros `[K]`; `of` answers for units of the first plate with values of the shape of `weights[:, rows]`, those that do not vary along an axis once."""
+        ctx.of, ctx.weights, ctx.slabs = of, weights, slabs
         ctx.save_for_backward(*tensors)
-        return torch.zeros(particles, dtype=tensors[0].dtype)
+        return torch.zeros(len(weights), dtype=tensors[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Sum of the slabs' gradients."""
         tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         total = [torch.zeros_like(t) for t in tensors]
+        scale = grads[0].reshape(-1, *[1] * (ctx.weights.ndim - 1))
         with torch.enable_grad(), on(total[0].device):  # a device has a thread of its own for this
             for rows in ctx.slabs:
-                found = torch.autograd.grad((ctx.of(rows, tensors) * grads[0]).sum(), tensors, allow_unused=True, materialize_grads=True)
-                for t, g in zip(total, found, strict=True):
+                value = ctx.of(rows, tensors)
+                weight = (tensor(ctx.weights[:, rows]) * scale).sum_to_size(value.shape)
+                for t, g in zip(total, torch.autograd.grad(value, tensors, weight, allow_unused=True, materialize_grads=True), strict=True):
                     t += g
         return None, None, None, *total
 
