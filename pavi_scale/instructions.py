@@ -29,12 +29,13 @@ def _float_of_bits(_context: Any, bits: Any) -> Any:
 
 
 def _bits_of_float(_context: Any, x: Any) -> Any:
-    """The int64 that a float64's bits are."""
+    """The integer that a float's bits are: int32 of float32, int64 of float64."""
+    kind, made = (types.int32, ir.IntType(32)) if x == types.float32 else (types.int64, ir.IntType(64))
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(64))
+        return builder.bitcast(args[0], made)
 
-    return types.int64(types.float64), generate
+    return (kind(x), generate) if x in (types.float32, types.float64) else None
 
 
 fma: Any = intrinsic(_fma)

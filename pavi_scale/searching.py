@@ -20,7 +20,7 @@ from pavi_scale.settings import make_graph
 from pavi_scale.sites import Sites
 from pavi_scale.training import Trainer
 
-FIRST = 2  # tasks of each worker that read while the miniature is made
+FIRST = 3  # tasks of each worker that read while the miniature is made
 
 
 def begin(rows: Rows) -> tuple[Sites, np.ndarray]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pavi_scale.guide.exponential import HALF, ONE, exp
+from pavi_scale.guide.exponential import HALF, ONE, exp, log
 from pavi_scale.instructions import fma
 
 LANES = 128  # parent units at once: long loops, since each begins with checks that its arrays lie apart; more, and a leaf's work space outgrows the cache
@@ -76,7 +76,7 @@ def _look(
                 total[u] += share[t, i, u]
         if valued:
             for u in range(LANES):
-                level[u] -= sign * (top[u] + np.log(total[u]))
+                level[u] -= sign * (top[u] + log(total[u]))
         for u in range(LANES):
             total[u] = ONE / total[u]
         for i in range(labels):
@@ -220,7 +220,7 @@ def _value(at: Any, width: Any, z: Any, offset: Any, precision: Any, h: Any, lev
                 level[u] -= q * z[i, u] * z[k, u]
     row = value[at : at + width]
     for u in range(width):
-        row[u] += level[u] + np.log(one[u])
+        row[u] += level[u] + log(one[u])
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)  # type: ignore[misc]
