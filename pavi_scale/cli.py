@@ -9,28 +9,39 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pavi_scale.calibration import sbc
-from pavi_scale.calibration.given import given_of
-from pavi_scale.checking import check_path, check_run
-from pavi_scale.cohort import Cohort, open_cohort
-from pavi_scale.cohort.truth import open_truth
 from pavi_scale.config import Study, load_cluster, load_model, load_study
-from pavi_scale.digests import COHORT
 from pavi_scale.errors import InputError, Interrupted, PaviError, PlanRefused
-from pavi_scale.fitting import fit as fit_study
-from pavi_scale.fitting import open_posterior
-from pavi_scale.fitting import plan as plan_study
-from pavi_scale.fitting import resume as resume_run
+from pavi_scale.later import Later
 from pavi_scale.memory import format_bytes
-from pavi_scale.posterior.posterior import Posterior
-from pavi_scale.reporting import report as write_report
-from pavi_scale.run import Run, is_run
-from pavi_scale.server.runtime.clusters import open_cluster
-from pavi_scale.summary import summary_table
+
+if TYPE_CHECKING:
+    from pavi_scale.calibration import sbc
+    from pavi_scale.calibration.given import given_of
+    from pavi_scale.checking import check_path, check_run
+    from pavi_scale.cohort import Cohort, open_cohort
+    from pavi_scale.cohort.truth import open_truth
+    from pavi_scale.digests import COHORT
+    from pavi_scale.fitting import fit as fit_study
+    from pavi_scale.fitting import open_posterior
+    from pavi_scale.fitting import resume as resume_run
+    from pavi_scale.posterior.posterior import Posterior
+    from pavi_scale.reporting import report as write_report
+    from pavi_scale.run import Run, is_run
+    from pavi_scale.server.runtime.clusters import open_cluster
+    from pavi_scale.study import plan as plan_study
+    from pavi_scale.summary import summary_table
+else:  # each command imports what it needs: a plan is shown before a fit would have begun
+    sbc, given_of = Later("pavi_scale.calibration:sbc"), Later("pavi_scale.calibration.given:given_of")
+    check_path, check_run = Later("pavi_scale.checking:check_path"), Later("pavi_scale.checking:check_run")
+    open_cohort, open_truth, COHORT = Later("pavi_scale.cohort:open_cohort"), Later("pavi_scale.cohort.truth:open_truth"), Later("pavi_scale.digests:COHORT")
+    fit_study, resume_run = Later("pavi_scale.fitting:fit"), Later("pavi_scale.fitting:resume")
+    open_posterior, summary_table = Later("pavi_scale.fitting:open_posterior"), Later("pavi_scale.summary:summary_table")
+    write_report, Run, is_run = Later("pavi_scale.reporting:report"), Later("pavi_scale.run:Run"), Later("pavi_scale.run:is_run")
+    open_cluster, plan_study = Later("pavi_scale.server.runtime.clusters:open_cluster"), Later("pavi_scale.study:plan")
 
 app = typer.Typer(
     name="pavi-scale",

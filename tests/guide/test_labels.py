@@ -13,11 +13,12 @@ from torch.distributions import Categorical, HalfNormal, Independent, LogNormal,
 import pavi_scale as ps
 from pavi_scale.cohort import open_cohort
 from pavi_scale.guide import labels
+from pavi_scale.guide.blocks import labelled
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import LabelledCore, at_least, labelled
+from pavi_scale.guide.labels import LabelledCore, Parents, at_least
 from pavi_scale.guide.local import fit_core
-from pavi_scale.guide.parents import Parents, descend
+from pavi_scale.guide.parents import descend
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Reduced, Value
 from pavi_scale.settings import make_graph, precision
