@@ -23,6 +23,7 @@ from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan, make_plan, room_for, swept, swept_chunk, unit_bytes
 from pavi_scale.reduced import Reading, Reduced, Value
+from pavi_scale.server.answer import torch_threads
 from pavi_scale.settings import Settings, make_graph, precision
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ else:  # what computes a study is not needed to plan it
 CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
+LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
@@ -167,7 +169,8 @@ def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None)
     """Checks, structure and plan of a fit."""
     processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
     lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
-    return prepare(cohort, encoding=config["encoding"], memory=config["memory"], processes=processes, lanes=lanes, threads=1, seed=config["seed"])
+    with torch_threads(1):  # laws are probed on a few units: more threads spend their time waiting for each other
+        return prepare(cohort, encoding=config["encoding"], memory=config["memory"], processes=processes, lanes=lanes, threads=1, seed=config["seed"])
 
 
 def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", client: Client | None = None) -> Plan:
@@ -181,16 +184,16 @@ def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: s
 
 
 def check_supports(graph: Graph, cohort: Cohort) -> None:
-    """Refuse observations outside the support of their law (looked at in the first units, up to a million values).
+    """Refuse observations outside the support of their law (looked at in the first units, up to a million values of each variable).
 
     Raises:
         CohortError: With the position of the first one.
     """
     for v in graph.model.of_kind("observed"):
         units = {p: np.arange(cohort.layout.cardinality[p]) for p in v.plates}
-        if v.plates:
-            rest = math.prod(len(u) for u in units.values()) * math.prod(graph.shape(v)) // len(units[v.plates[0]])
-            units[v.plates[0]] = units[v.plates[0]][: max(1, 1_000_000 // max(rest, 1))]
+        for plate in v.plates:
+            rest = math.prod(len(u) for p, u in units.items() if p != plate) * math.prod(graph.shape(v))
+            units[plate] = units[plate][: max(1, LOOKED_AT // max(rest, 1))]
         x = torch.as_tensor(np.asarray(cohort.read(v.name, units))).to(torch.float64)
         if v.missing == "mask":
             x = torch.where(torch.isnan(x), x[~torch.isnan(x)].flatten()[0] if bool((~torch.isnan(x)).any()) else torch.zeros(()), x)
