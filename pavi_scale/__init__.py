@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from pavi_scale import laws
     from pavi_scale.calibration import SBC, sbc
     from pavi_scale.cohort import from_table, open_cohort
-    from pavi_scale.fitting import fit, open_posterior, plan, resume
+    from pavi_scale.fitting import fit, open_posterior, resume
     from pavi_scale.model import Model, covariate, latent, observed
-    from pavi_scale.model.simulate import simulate
+    from pavi_scale.model.simulate.cohort import simulate
     from pavi_scale.plates import Plate
     from pavi_scale.posterior.posterior import Posterior
     from pavi_scale.reporting import report
+    from pavi_scale.study import plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 # Public name -> its module, imported when it is first asked for: workers, of which there may be hundreds and which start often, need few of them.
 _HOME = {
     "SBC": "calibration", "sbc": "calibration", "from_table": "cohort", "open_cohort": "cohort", "fit": "fitting", "open_posterior": "fitting",
-    "plan": "fitting", "resume": "fitting", "Model": "model", "covariate": "model", "latent": "model", "observed": "model", "simulate": "model.simulate",
+    "plan": "study", "resume": "fitting", "Model": "model", "covariate": "model", "latent": "model", "observed": "model", "simulate": "model.simulate.cohort",
     "Plate": "plates", "Posterior": "posterior.posterior", "report": "reporting",
 }  # fmt: skip
 

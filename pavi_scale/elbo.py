@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pavi_scale.guide.blocks import labelled
 from pavi_scale.guide.correction import Corrections
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import LabelledCore, labelled
+from pavi_scale.guide.labels import LabelledCore
 from pavi_scale.guide.local import Correction, Sample, draw, fit_core, log_density
 from pavi_scale.guide.mode import Noise
 from pavi_scale.guide.root import RootSpace

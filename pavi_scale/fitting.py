@@ -25,7 +25,6 @@ from pavi_scale.device import find
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
 from pavi_scale.memory import format_bytes, keep_freed_memory
 from pavi_scale.model.template import Model
-from pavi_scale.planning import Plan
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.progress import Progress
 from pavi_scale.recording import encoding_from, encoding_record, find_model, read_record, record, reopen_cohort
@@ -35,12 +34,11 @@ from pavi_scale.searching import begin
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.runtime import Client, DaskEngine
-from pavi_scale.study import Encoding, Study, prepare
+from pavi_scale.study import Encoding, Study, make_study
 from pavi_scale.training import Fitted, Trainer
 from pavi_scale.watching import Watch
 from pavi_scale.writing import load_context, write_posterior
 
-MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 MOST_STALE = 8  # updates: less than good steps between two kept copies of the weights (`nonfinite`), so that one of them is from before a bad one
 TRACED = 256  # root coordinates up to which q(root) is kept with the trace
 CHECKED_FIRST = 64 << 20  # bytes of a variable up to which it is read once, for bad values, before anything is computed
@@ -110,16 +108,6 @@ def fit(
     with directory.lock():
         record(directory, opened, study, config)
         return complete(directory, study, config, client, progress, began)
-
-
-def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", client: Client | None = None) -> Plan:
-    """What a fit would take, without running it.
-
-    Raises:
-        PlanRefused: It will not fit in memory.
-    """
-    opened = open_cohort(cohort, model)
-    return make_study(opened, {"seed": 0, "encoding": encoding, "memory": memory}, client).plan
 
 
 def resume(
@@ -194,16 +182,6 @@ def check_disk(study: Study, run: Run) -> None:
             got=format_bytes(free),
             remedy="free some space, or choose another run path",
         )
-
-
-# -- preparation ----------------------------------------------------------------------------------------------------------------
-
-
-def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
-    """Checks, structure and plan of a fit."""
-    processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
-    lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
-    return prepare(cohort, encoding=config["encoding"], memory=config["memory"], processes=processes, lanes=lanes, threads=1, seed=config["seed"])
 
 
 # -- the run --------------------------------------------------------------------------------------------------------------------

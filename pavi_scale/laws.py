@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+
+from pavi_scale.later import Later
+
+if TYPE_CHECKING:
+    from pavi_scale import distances
+else:  # the compiler of its loops takes half a second to import, and most have no use for it
+    distances = Later("pavi_scale.distances")
 
 
 class IsotropicNormalMixture(Distribution):
@@ -83,7 +90,7 @@ class IsotropicNormalMixture(Distribution):
         precision = self.scale**-2
         constant = value.shape[-1] * (self.scale.log() + 0.5 * math.log(2.0 * math.pi))
         if self.loc.ndim == 2 and {value.dtype, self.loc.dtype} == {torch.float32} and {value.device.type, self.loc.device.type} == {"cpu"}:
-            apart = import_module("pavi_scale.distances").squares(value, self.loc)  # not before it is needed: Numba takes half a second
+            apart = distances.squares(value, self.loc)
             return -0.5 * precision.unsqueeze(-1) * apart - constant.unsqueeze(-1)
         centre = self.loc.detach().mean(-2)
         m = self.loc - centre.unsqueeze(-2)

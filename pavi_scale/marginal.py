@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, ndtri
 
 from pavi_scale.errors import NumericalError
-from pavi_scale.guide.root import StudentT
+from pavi_scale.guide.student import StudentT
 from pavi_scale.noise import quasi_random
 from pavi_scale.psis import smooth
 from pavi_scale.rng import stream

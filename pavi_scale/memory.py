@@ -6,10 +6,15 @@ import contextlib
 import ctypes
 import mmap
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from pavi_scale.errors import InputError
+from pavi_scale.later import Later
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Later("torch")
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

@@ -13,10 +13,10 @@ from pavi_scale.device import array
 from pavi_scale.elbo import Weights, correctors
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.arrow import Arrow
-from pavi_scale.guide.blocks import Block
+from pavi_scale.guide.blocks import Block, labelled
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import LabelledCore, labelled
+from pavi_scale.guide.labels import LabelledCore
 from pavi_scale.guide.local import Candidates, Core, candidates, fit_core
 from pavi_scale.guide.mode import Noise
 from pavi_scale.reduced import Reduced, Value

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pavi_scale.errors import PlanRefused
-from pavi_scale.guide.blocks import Component, dense_rest, dense_units
+from pavi_scale.guide.blocks import Component, dense_rest, dense_units, labelled
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import labelled
 from pavi_scale.memory import format_bytes
 from pavi_scale.model.density import Graph
 from pavi_scale.plates import Layout

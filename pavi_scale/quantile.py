@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from pavi_scale.counters import GOLDEN, LAST
 from pavi_scale.instructions import bits_of_float, float_of_bits, fma
 
 LANES = 1024  # numbers made at once: their work space stays in the fastest cache
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-LAST = 1.0 - 2.0**-53  # the largest uniform number
 _LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10  # the first with few bits, so that its products with small integers are exact
 _SQRT_HALF = np.int64(0x3FE6A09E667F3BCD)  # the bits of sqrt(1/2)
 

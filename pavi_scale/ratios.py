@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pavi_scale.elbo import Weights, correctors
+from pavi_scale.guide.blocks import labelled
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import Labels, labelled
+from pavi_scale.guide.labels import Labels, Parents
 from pavi_scale.guide.local import candidates, draw, fit_core
 from pavi_scale.guide.mode import Noise
-from pavi_scale.guide.parents import Parents
 from pavi_scale.reduced import Reduced, Value
 
 

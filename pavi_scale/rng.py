@@ -9,11 +9,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pavi_scale.quantile import GOLDEN, LAST, normals
+from pavi_scale.counters import GOLDEN, LAST
+from pavi_scale.later import Later
+
+if TYPE_CHECKING:
+    from pavi_scale import quantile
+else:
+    quantile = Later("pavi_scale.quantile")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -70,7 +76,7 @@ def normal(key: int, *counters: np.ndarray, dtype: type[np.floating[Any]] = np.f
             state, step, axis = state + step, np.zeros(1, np.uint64), len(shape)
     rows = np.broadcast_to(state.reshape(state.shape[:axis]), shape[:axis]).reshape(-1)
     out = np.empty(math.prod(shape), dtype)
-    normals(np.ascontiguousarray(rows), step.reshape(-1), out)
+    quantile.normals(np.ascontiguousarray(rows), step.reshape(-1), out)
     return out.reshape(shape)
 
 

@@ -22,7 +22,7 @@ from pavi_scale.batching import shards
 from pavi_scale.diagnosing import LOST
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
-from pavi_scale.guide.root import StudentT
+from pavi_scale.guide.student import StudentT
 from pavi_scale.marginal import refit, whitening
 from pavi_scale.miniature import first_selection
 from pavi_scale.rng import stream

@@ -20,11 +20,10 @@ from pavi_scale import rng
 from pavi_scale.batching import closure, flat_positions, most_units, shards, splittable
 from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.elbo import correctors, log_root
-from pavi_scale.guide.blocks import Block, Component, lies_below
+from pavi_scale.guide.blocks import Block, Component, labelled, lies_below
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.labels import Labels, Prior, labelled
+from pavi_scale.guide.labels import Labels, Parents, Prior
 from pavi_scale.guide.local import candidates, draw, fit_core, resample
-from pavi_scale.guide.parents import Parents
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
 from pavi_scale.server.answer import settle_threads

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pavi_scale.batching import closure, most_units, split_plate, splittable
-from pavi_scale.cohort import Cohort
+from pavi_scale.cohort import Cohort, Origin, open_cohort
 from pavi_scale.errors import CohortError, InputError, PlanRefused
 from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
 from pavi_scale.guide.guide import Guide, probe
 from pavi_scale.guide.root import RootSpace
+from pavi_scale.later import Later
 from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
+from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan, make_plan, room_for, swept, swept_chunk, unit_bytes
 from pavi_scale.reduced import Reading, Reduced, Value
+from pavi_scale.server.answer import torch_threads
 from pavi_scale.settings import Settings, make_graph, precision
-from pavi_scale.spec import StudySpec
+
+if TYPE_CHECKING:
+    from pavi_scale import spec as recipe
+    from pavi_scale.server.runtime import Client
+else:  # what computes a study is not needed to plan it
+    recipe = Later("pavi_scale.spec")
 
 CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
+LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
+MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
 Encoding = str | Mapping[object, str]
@@ -52,10 +63,10 @@ class Study:
     trained: tuple[str, ...]
 
     @property
-    def spec(self) -> StudySpec:
+    def spec(self) -> recipe.StudySpec:
         """What workers build."""
         needed = self.plan.cache_bytes + self.plan.lanes * self.plan.chunk_bytes
-        return StudySpec(self.cohort.model, self.cohort.spec(), self.settings, device_bytes=needed)
+        return recipe.StudySpec(self.cohort.model, self.cohort.spec(), self.settings, device_bytes=needed)
 
 
 def schemes_of(encoding: Encoding, blocks: list[Block], plates: Mapping[str, object]) -> dict[str, str]:
@@ -154,17 +165,35 @@ def prepare(
     return Study(cohort, graph, guide, settings, plan, trained)
 
 
+def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
+    """Checks, structure and plan of a fit."""
+    processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
+    lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
+    with torch_threads(1):  # laws are probed on a few units: more threads spend their time waiting for each other
+        return prepare(cohort, encoding=config["encoding"], memory=config["memory"], processes=processes, lanes=lanes, threads=1, seed=config["seed"])
+
+
+def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", client: Client | None = None) -> Plan:
+    """What a fit would take, without running it.
+
+    Raises:
+        PlanRefused: It will not fit in memory.
+    """
+    opened = open_cohort(cohort, model)
+    return make_study(opened, {"seed": 0, "encoding": encoding, "memory": memory}, client).plan
+
+
 def check_supports(graph: Graph, cohort: Cohort) -> None:
-    """Refuse observations outside the support of their law (looked at in the first units, up to a million values).
+    """Refuse observations outside the support of their law (looked at in the first units, up to a million values of each variable).
 
     Raises:
         CohortError: With the position of the first one.
     """
     for v in graph.model.of_kind("observed"):
         units = {p: np.arange(cohort.layout.cardinality[p]) for p in v.plates}
-        if v.plates:
-            rest = math.prod(len(u) for u in units.values()) * math.prod(graph.shape(v)) // len(units[v.plates[0]])
-            units[v.plates[0]] = units[v.plates[0]][: max(1, 1_000_000 // max(rest, 1))]
+        for plate in v.plates:
+            rest = math.prod(len(u) for p, u in units.items() if p != plate) * math.prod(graph.shape(v))
+            units[plate] = units[plate][: max(1, LOOKED_AT // max(rest, 1))]
         x = torch.as_tensor(np.asarray(cohort.read(v.name, units))).to(torch.float64)
         if v.missing == "mask":
             x = torch.where(torch.isnan(x), x[~torch.isnan(x)].flatten()[0] if bool((~torch.isnan(x)).any()) else torch.zeros(()), x)

@@ -23,7 +23,7 @@ from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
 from pavi_scale.diagnosing import EFFECTIVE
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import coordinates, dense_rest
-from pavi_scale.guide.root import StudentT
+from pavi_scale.guide.student import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
 from pavi_scale.noise import quasi_random

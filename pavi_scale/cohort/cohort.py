@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 
@@ -26,8 +25,14 @@ from pavi_scale.cohort.source import Origin, Source, open_source
 from pavi_scale.digests import COHORT
 from pavi_scale.durable import disk_errors, sync_directory
 from pavi_scale.errors import CohortError
+from pavi_scale.later import Later
 from pavi_scale.model.template import Model
 from pavi_scale.plates import Layout, ancestors
+
+if TYPE_CHECKING:
+    import xarray as xr
+else:
+    xr = Later("xarray")
 
 
 class Cohort:
@@ -37,7 +42,6 @@ class Cohort:
         model: The model it was checked against.
         layout: Cardinalities of the plates, and the parent positions of ragged and crossed ones.
         event_sizes: Size of each event dimension.
-        dataset: Lazy Dataset of the observed variables, covariates, index variables and coordinates, axes in the model's order.
         source: Path or URL, or None for a Dataset in memory.
 
     A store that leaves out chunks of fill values on purpose says so by the attribute `_empty_chunks_ok: true` of an array or its root group.
@@ -45,17 +49,22 @@ class Cohort:
 
     def __init__(self, model: Model, opened: Source, storage_options: Mapping[str, Any] | None = None, known: Mapping[str, int] | None = None) -> None:
         self.model, self.source, self._options = model, opened.label, dict(storage_options or {})
-        schema.check_variables(opened.dataset, model)
-        self._index_names = schema.find_indices(opened.dataset, model)
+        self._opened, held = opened, opened.contents
+        schema.check_variables(held, model)
+        self._index_names = schema.find_indices(held, model)
         self._axes: dict[str, tuple[str, ...]] = {v.name: v.plates + v.dims for v in schema.inputs(model)}
         self._axes |= {name: (child,) for (child, _), name in self._index_names.items()}
-        self._empty_ok = bool(opened.dataset.attrs.get(EMPTY_OK))
-        self._single = {p for p in model.plates if opened.dataset.sizes.get(p) == 1}
+        self._empty_ok = bool(held.attrs.get(EMPTY_OK))
+        self._single = {p for p in model.plates if held.sizes.get(p) == 1}
         self._readers: dict[str, Reader] = {name: opened.reader(name, axes) for name, axes in self._axes.items()}
-        self.layout: Layout = schema.build_layout(opened.dataset, model, self._index_names, self._index_values, known or {})
-        self.event_sizes: dict[str, int] = schema.event_sizes(opened.dataset, model, known or {})
-        schema.check_labels(opened.dataset, model)
-        self.dataset: xr.Dataset = _narrow(opened.dataset, self._axes, {*model.plates, *model.dims})
+        self.layout: Layout = schema.build_layout(held, model, self._index_names, self._index_values, known or {})
+        self.event_sizes: dict[str, int] = schema.event_sizes(held, model, known or {})
+        schema.check_labels(opened.repeated, model)
+
+    @cached_property
+    def dataset(self) -> xr.Dataset:
+        """Lazy Dataset of the observed variables, covariates, index variables and coordinates, axes in the model's order."""
+        return _narrow(self._opened.dataset, self._axes, {*self.model.plates, *self.model.dims})
 
     def _index_values(self, name: str, child: str) -> np.ndarray:
         # A lost chunk of positions would read as zeros and put its units into the first group, silently.
@@ -266,7 +275,7 @@ class CohortSpec:
     def open(self, model: Model) -> Cohort:
         """The cohort, checked against `model` again."""
         if self.dataset is not None:
-            return Cohort(model, Source(self.dataset, self.source), self.storage_options, self.sizes)
+            return Cohort(model, Source.of(self.dataset, self.source), self.storage_options, self.sizes)
         return Cohort(model, open_source(str(self.source), self.storage_options), self.storage_options)
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-import xarray as xr
 
 from pavi_scale.cohort.schema import INSTANCE, index_name
 from pavi_scale.errors import CohortError
+from pavi_scale.later import Later
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+else:
+    pd, xr = Later("pandas"), Later("xarray")
 
 Within = str | Sequence[str] | Mapping[str, str | Sequence[str] | None]
 

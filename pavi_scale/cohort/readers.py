@@ -11,16 +11,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import xarray as xr
 from zarr import Array as ZarrArrayType
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from pavi_scale.cohort.plain import plain, read_plain
 from pavi_scale.errors import CohortError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 try:
     from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]

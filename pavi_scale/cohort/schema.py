@@ -1,4 +1,4 @@
-"""Schema checks: does a Dataset have the variables, dimensions, index variables and cardinalities that a model asks for?"""
+"""Schema checks: does a cohort have the variables, dimensions, index variables and cardinalities that a model asks for?"""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import xarray as xr
 
+from pavi_scale.cohort.contents import Contents, Described
 from pavi_scale.errors import CohortError
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Layout
@@ -33,7 +33,7 @@ def inputs(model: Model) -> list[Variable]:
     return model.of_kind("observed", "covariate")
 
 
-def check_variables(dataset: xr.Dataset, model: Model) -> None:
+def check_variables(cohort: Contents, model: Model) -> None:
     """Presence, dimensions and dtype of every observed variable and covariate.
 
     Raises:
@@ -41,13 +41,13 @@ def check_variables(dataset: xr.Dataset, model: Model) -> None:
     """
     for v in inputs(model):
         where = f"{v.kind} variable {v.name!r}"
-        if v.name not in dataset.variables:
-            near = difflib.get_close_matches(v.name, [str(n) for n in dataset.variables], n=1)
+        if v.name not in cohort.variables:
+            near = difflib.get_close_matches(v.name, [*cohort.variables], n=1)
             remedy = f"did you mean {near[0]!r}? rename one of them" if near else "add it to the cohort, or drop it from the model"
             raise CohortError(
-                "cohort lacks a variable of the model", where=where, expected=_shape(v.plates + v.dims), got=f"variables {_listed(dataset)}", remedy=remedy
+                "cohort lacks a variable of the model", where=where, expected=_shape(v.plates + v.dims), got=f"variables {_listed(cohort)}", remedy=remedy
             )
-        found = dataset.variables[v.name]
+        found = cohort.variables[v.name]
         if set(found.dims) != set(v.plates + v.dims):
             extra, lacking = [d for d in found.dims if d not in v.plates + v.dims], [d for d in v.plates + v.dims if d not in found.dims]
             hint = "; ".join(f"{word} {', '.join(map(repr, names))}" for word, names in (("drop or declare", extra), ("add", lacking)) if names)
@@ -55,7 +55,7 @@ def check_variables(dataset: xr.Dataset, model: Model) -> None:
         check_numeric(found, where)
 
 
-def check_numeric(variable: xr.Variable, where: str) -> None:
+def check_numeric(variable: Described, where: str) -> None:
     """Refuse anything but real numbers and booleans."""
     dtype = variable.dtype
     if not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
@@ -63,7 +63,7 @@ def check_numeric(variable: xr.Variable, where: str) -> None:
         raise CohortError("variable has the wrong dtype", where=where, expected="float, integer or boolean", got=str(dtype), remedy=remedy)
 
 
-def event_sizes(dataset: xr.Dataset, model: Model, known: Mapping[str, int]) -> dict[str, int]:
+def event_sizes(cohort: Contents, model: Model, known: Mapping[str, int]) -> dict[str, int]:
     """Size of each event dimension, from the cohort's dimensions and the model's `sizes`.
 
     Raises:
@@ -71,13 +71,13 @@ def event_sizes(dataset: xr.Dataset, model: Model, known: Mapping[str, int]) -> 
     """
     sizes: dict[str, int] = {}
     for dim in model.dims:
-        where, told, stored = f"event dimension {dim!r}", model.sizes.get(dim), dataset.sizes.get(dim, known.get(dim))
+        where, told, stored = f"event dimension {dim!r}", model.sizes.get(dim), cohort.sizes.get(dim, known.get(dim))
         if told is None and stored is None:
             raise CohortError(
                 "size of an event dimension is unknown",
                 where=where,
                 expected="a dimension of the cohort, or Model(sizes=...)",
-                got=f"dimensions {sorted(map(str, dataset.sizes))}",
+                got=f"dimensions {sorted(cohort.sizes)}",
                 remedy=f"Model(sizes={{{dim!r}: ...}})",
             )
         if told is not None and stored is not None and told != stored:
@@ -94,20 +94,20 @@ def event_sizes(dataset: xr.Dataset, model: Model, known: Mapping[str, int]) -> 
     return sizes
 
 
-def find_indices(dataset: xr.Dataset, model: Model) -> dict[tuple[str, str], str]:
+def find_indices(cohort: Contents, model: Model) -> dict[tuple[str, str], str]:
     """`(child, parent)` -> name of the index variable, for each `within` of the model's plates.
 
     Raises:
         CohortError: None or several for a pair, wrong dimensions, wrong dtype.
     """
     found: dict[tuple[str, str], str] = {}
-    tagged = {str(n): v for n, v in dataset.variables.items() if INSTANCE in v.attrs}
+    tagged = {n: v for n, v in cohort.variables.items() if INSTANCE in v.attrs}
     for child, plate in model.plates.items():
         for parent in plate.within:
             names = [n for n, v in tagged.items() if v.attrs[INSTANCE] == parent and child in v.dims]
             where = f"plate {child!r} within {parent!r}"
             if not names:
-                raise _no_index(dataset, model, tagged, child, parent)
+                raise _no_index(cohort, model, tagged, child, parent)
             if len(names) > 1:
                 raise CohortError(
                     "several index variables for one parent plate",
@@ -128,7 +128,7 @@ def find_indices(dataset: xr.Dataset, model: Model) -> dict[tuple[str, str], str
     return found
 
 
-def _no_index(dataset: xr.Dataset, model: Model, tagged: Mapping[str, xr.Variable], child: str, parent: str) -> CohortError:
+def _no_index(cohort: Contents, model: Model, tagged: Mapping[str, Described], child: str, parent: str) -> CohortError:
     where = f"plate {child!r} within {parent!r}"
     expected = f"an integer variable on {child!r} with attribute {INSTANCE!r}: {parent!r}"
     for name, variable in tagged.items():
@@ -137,19 +137,19 @@ def _no_index(dataset: xr.Dataset, model: Model, tagged: Mapping[str, xr.Variabl
             return CohortError(
                 "index variable has the wrong dimensions", where=f"index variable {name!r} of {where}", expected=_shape((child,)), got=_shape(variable.dims)
             )
-        if child in variable.dims and target not in model.plates and target not in dataset.sizes:
+        if child in variable.dims and target not in model.plates and target not in cohort.sizes:
             got = f"variable {name!r} with {INSTANCE!r}: {target!r}"
             return CohortError("index variable names an unknown plate", where=where, expected=expected, got=got, remedy=f"one of {sorted(model.plates)}")
-    return CohortError("index variable is missing", where=where, expected=expected, got=f"variables {_listed(dataset)}", remedy=_REBUILD)
+    return CohortError("index variable is missing", where=where, expected=expected, got=f"variables {_listed(cohort)}", remedy=_REBUILD)
 
 
 def build_layout(
-    dataset: xr.Dataset, model: Model, names: Mapping[tuple[str, str], str], values: Callable[[str, str], np.ndarray], known: Mapping[str, int]
+    cohort: Contents, model: Model, names: Mapping[tuple[str, str], str], values: Callable[[str, str], np.ndarray], known: Mapping[str, int]
 ) -> Layout:
     """Cardinalities and parent positions.
 
     Args:
-        dataset: The cohort.
+        cohort: What it holds.
         model: The model.
         names: Index variables, of `find_indices`.
         values: `(name, child)` -> the index variable's values.
@@ -158,7 +158,7 @@ def build_layout(
     Raises:
         CohortError: Empty plate, plate of unknown size, position that is not integral or out of range.
     """
-    sizes = {p: int(dataset.sizes.get(p, known.get(p, -1))) for p in model.plates}
+    sizes = {p: int(cohort.sizes.get(p, known.get(p, -1))) for p in model.plates}
     for plate, size in sizes.items():
         _check_size(model, plate, size)
     raw = {pair: _integral(values(name, pair[0]), f"index variable {name!r} of plate {pair[0]!r}") for pair, name in names.items()}
@@ -170,7 +170,7 @@ def build_layout(
                     "size of a plate is unknown",
                     where=f"plate {plate!r}",
                     expected=f"a dimension {plate!r} of the cohort, or an index variable that points to it",
-                    got=f"dimensions {sorted(map(str, dataset.sizes))}",
+                    got=f"dimensions {sorted(cohort.sizes)}",
                     remedy=f"give a variable or coordinate the dimension {plate!r}",
                 )
     for (child, parent), v in raw.items():
@@ -221,17 +221,24 @@ def _check_range(values: np.ndarray, size: int, where: str, parent: str) -> None
         )
 
 
-def check_labels(dataset: xr.Dataset, model: Model) -> None:
-    """Labels of a plate name its units: each once."""
+def check_labels(repeated: Callable[[str], tuple[int, object] | None], model: Model) -> None:
+    """Labels of a plate name its units: each once.
+
+    Args:
+        repeated: Plate -> position and label of the first unit whose label another had before.
+        model: The model.
+
+    Raises:
+        CohortError: One is there twice.
+    """
     for plate in model.plates:
-        index = dataset.indexes.get(plate)
-        if index is not None and not index.is_unique:
-            at = int(np.flatnonzero(index.duplicated())[0])
+        found = repeated(plate)
+        if found is not None:
             raise CohortError(
                 "two units of a plate have the same label",
-                where=f"coordinate {plate!r}, position {at}",
+                where=f"coordinate {plate!r}, position {found[0]}",
                 expected="unique labels",
-                got=repr(index[at]),
+                got=repr(found[1]),
                 remedy="rename or merge the units",
             )
 
@@ -240,6 +247,6 @@ def _shape(dims: tuple[object, ...]) -> str:
     return f"dimensions ({', '.join(map(str, dims))})"
 
 
-def _listed(dataset: xr.Dataset, most: int = 12) -> str:
-    names = sorted(map(str, dataset.variables))
+def _listed(cohort: Contents, most: int = 12) -> str:
+    names = sorted(cohort.variables)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

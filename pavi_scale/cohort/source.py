@@ -6,17 +6,24 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import xarray as xr
 import zarr
 
+from pavi_scale.cohort.contents import Contents, of_dataset, of_store
 from pavi_scale.cohort.foreign import arrays_of, check_arrays, check_seal, is_url
-from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader
+from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader, reading
 from pavi_scale.errors import CohortError
+from pavi_scale.later import Later
 
-Origin = xr.Dataset | str | os.PathLike[str]  # what a cohort may be given as
+if TYPE_CHECKING:
+    import xarray as xr
+else:
+    xr = Later("xarray")
+
+Origin: TypeAlias = "xr.Dataset | str | os.PathLike[str]"  # what a cohort may be given as
 _CODING = ("scale_factor", "add_offset", "_Unsigned")
 
 
@@ -25,23 +32,60 @@ class Source:
     """An opened cohort source.
 
     Args:
-        dataset: All variables, lazily where they are not in memory.
+        contents: What it holds.
         label: Path or URL, or None for a Dataset in memory.
         arrays: The Zarr arrays by name (empty for a Dataset).
+        group: Their group, where they are read as they are stored.
+        decoded: All variables, lazily where they are not in memory; None where they are read as they are stored.
     """
 
-    dataset: xr.Dataset
+    contents: Contents
     label: str | None = None
     arrays: Mapping[str, ZarrArray] = field(default_factory=dict)
+    group: zarr.Group | None = None
+    decoded: xr.Dataset | None = None
+
+    @classmethod
+    def of(cls, dataset: xr.Dataset, label: str | None = None, arrays: Mapping[str, ZarrArray] | None = None) -> Source:
+        """That of a Dataset, which may be a view of Zarr arrays."""
+        return cls(of_dataset(dataset), label, arrays or {}, decoded=dataset)
+
+    @cached_property
+    def dataset(self) -> xr.Dataset:
+        """All variables, lazily where they are not in memory.
+
+        Raises:
+            CohortError: The store cannot be read.
+        """
+        return self.decoded if self.group is None else _in_xarray(self.group, str(self.label))  # type: ignore[return-value]
 
     def reader(self, name: str, dims: tuple[str, ...]) -> Reader:
         """Reader of a variable, axes in the order of `dims`."""
+        stored = ZarrReader(self.arrays[name], tuple(self.contents.variables[name].dims.index(d) for d in dims)) if name in self.arrays else None
+        if self.decoded is None and stored is not None:
+            return stored
         variable = self.dataset.variables[name].transpose(*dims)
-        if name not in self.arrays:
+        if stored is None:
             # Dask and lazily decoded arrays are computed block by block; `values` of all others is there already.
             return MemoryReader(variable.values) if variable._in_memory else LazyReader(variable)
-        stored = ZarrReader(self.arrays[name], tuple(self.dataset.variables[name].dims.index(d) for d in dims))
         return stored if _is_plain(variable, stored.array) else LazyReader(variable, stored)
+
+    def repeated(self, plate: str) -> tuple[int, object] | None:
+        """Position and label of the first unit of a plate whose label another had before it; None if there is none."""
+        if self.decoded is not None:
+            index = self.decoded.indexes.get(plate)
+            if index is None or index.is_unique:
+                return None
+            at = int(np.flatnonzero(index.duplicated())[0])
+            return at, index[at]
+        if plate not in self.arrays:
+            return None
+        with reading(f"labels of plate {plate!r}"):
+            labels = np.asarray(self.arrays[plate][...])
+        labels = labels.astype(object) if labels.dtype.kind == "T" else labels
+        _, first = np.unique(labels, return_index=True)
+        again = np.setdiff1d(np.arange(len(labels)), first)
+        return (int(again[0]), labels[again[0]]) if len(again) else None
 
 
 def _is_plain(variable: xr.Variable, array: ZarrArray) -> bool:
@@ -58,9 +102,9 @@ def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> So
     Raises:
         CohortError: Not a Dataset or path; the store is missing, unreadable or inconsistent.
     """
-    if isinstance(source, xr.Dataset):
-        return Source(source)
     if not isinstance(source, (str, os.PathLike)):
+        if isinstance(source, xr.Dataset):
+            return Source.of(source)
         raise CohortError("a cohort is an xarray.Dataset, or a path or URL of a Zarr store", where="cohort", got=type(source).__name__)
     label = os.fspath(source)
     if not is_url(label):
@@ -77,14 +121,19 @@ def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> So
     check_seal(label, dict(group.attrs))
     _check_dimensions(label, arrays)
     check_arrays(label, arrays)
+    found = of_store(arrays, dict(group.attrs))
+    return Source.of(_in_xarray(group, label), label, arrays) if found is None else Source(found, label, arrays, group)
+
+
+def _in_xarray(group: zarr.Group, label: str) -> xr.Dataset:
+    """A group as xarray decodes it."""
     try:
         consolidated = group.metadata.consolidated_metadata is not None
         # Neither dask's graph nor xarray's cache: `dataset` stays lazy however much of it was looked at.
         opener: Any = xr.open_dataset  # its annotation leaves out Zarr stores, which it takes
-        dataset = opener(group.store, engine="zarr", group=group.path or None, consolidated=consolidated, decode_timedelta=False, chunks=None, cache=False)
+        return opener(group.store, engine="zarr", group=group.path or None, consolidated=consolidated, decode_timedelta=False, chunks=None, cache=False)
     except STORE_ERRORS as error:
         raise _unreadable(label, error) from error
-    return Source(dataset, label, arrays)
 
 
 def _unreadable(label: str, error: Exception) -> CohortError:

@@ -271,3 +271,25 @@ def choose_free(graph: Graph, cardinality: Mapping[str, int], limit: int = DENSE
             return free
         candidates = [b for b in hard[0].blocks if not b.free]
         free = free | {frozenset(max(candidates, key=lambda b: fan_in(graph, cardinality, b)).plates)}
+
+
+def labelled(component: Component, graph: Graph) -> str | None:
+    """The observed mixture of a labelled component; None for any other component."""
+    if not component.tree or component.quadratic or component.rough or component.elementwise or len(component.blocks) > 2 or component.resampled:
+        return None
+    *tops, leaf = component.blocks
+    if any(b.free for b in component.blocks) or len(leaf.latents) != 1:
+        return None
+    data = None
+    for factor in component.factors:
+        touched = tuple(name for name, _ in factor.touches)
+        if graph.labelled.get(factor.variable) == leaf.latents[0] and touched == (leaf.name,):
+            if data is not None:
+                return None
+            data = factor.variable
+        elif factor.variable not in component.uniform or graph.model.variables[factor.variable].kind != "latent":
+            return None
+    if data is None or not all(graph.links[n].identity for b in component.blocks for n in b.latents):
+        return None
+    nested = [set(b.plates) for b in tops] + [set(leaf.plates), set(graph.model.variables[data].plates)]
+    return data if all(a < b for a, b in zip(nested[:-2], nested[1:-1], strict=True)) and nested[-2] <= nested[-1] else None

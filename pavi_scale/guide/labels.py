@@ -16,23 +16,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 from torch import Tensor
 
 from pavi_scale.device import array, doubles, on, tensor
-from pavi_scale.guide.blocks import Component, Factor
+from pavi_scale.guide.blocks import Factor
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Pair, factorise
 from pavi_scale.guide.mixing import Mixing
 from pavi_scale.guide.mode import Noise
-from pavi_scale.guide.parents import Parents, descend
-from pavi_scale.guide.sweeps import LANES, scatter, sweep
-from pavi_scale.model.density import Graph
+from pavi_scale.later import Later
 from pavi_scale.reduced import Value
+
+if TYPE_CHECKING:
+    from scipy import special
+
+    from pavi_scale.guide import parents as drawing
+    from pavi_scale.guide import sweeps
+else:  # the compiler of the loops is not imported for models that have no labels
+    special, drawing, sweeps = Later("scipy.special"), Later("pavi_scale.guide.parents"), Later("pavi_scale.guide.sweeps")
 
 SLAB = 1 << 22  # values of the data, times particles, looked at together
 SWEEPS = 20
@@ -40,28 +45,6 @@ FIRST_STEPS, STEPS, DRAW_STEPS = 3, 2, 3  # Newton steps of each leaf in the fir
 LEAST = 0.95  # precision of a parent unit, in units of its prior's: a few leaves with two modes would make it less, or nothing
 SETTLED = 1e-2  # Newton decrement (nats) of a parent unit at which its search ends
 NOTHING = np.zeros((0, 0, 0), np.float32)
-
-
-def labelled(component: Component, graph: Graph) -> str | None:
-    """The observed mixture of a labelled component; None for any other component."""
-    if not component.tree or component.quadratic or component.rough or component.elementwise or len(component.blocks) > 2 or component.resampled:
-        return None
-    *tops, leaf = component.blocks
-    if any(b.free for b in component.blocks) or len(leaf.latents) != 1:
-        return None
-    data = None
-    for factor in component.factors:
-        touched = tuple(name for name, _ in factor.touches)
-        if graph.labelled.get(factor.variable) == leaf.latents[0] and touched == (leaf.name,):
-            if data is not None:
-                return None
-            data = factor.variable
-        elif factor.variable not in component.uniform or graph.model.variables[factor.variable].kind != "latent":
-            return None
-    if data is None or not all(graph.links[n].identity for b in component.blocks for n in b.latents):
-        return None
-    nested = [set(b.plates) for b in tops] + [set(leaf.plates), set(graph.model.variables[data].plates)]
-    return data if all(a < b for a, b in zip(nested[:-2], nested[1:-1], strict=True)) and nested[-2] <= nested[-1] else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +65,25 @@ class Prior:
     def inverse(self) -> np.ndarray:
         """P^-1."""
         return np.linalg.inv(self.p)
+
+
+@dataclass(frozen=True)
+class Parents:
+    """What draws of n parent units need of them, E numbers each.
+
+    Args:
+        mode: `[E, n]`.
+        spread: M^T, `[E, E, n]`: M M^T is the covariance, M upper triangular.
+    """
+
+    mode: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, held: np.ndarray) -> Parents:
+        """From the mode and the Cholesky factor of the precision of each, `[n, E + E E]` (`LabelledCore.held`)."""
+        n, e = len(held), math.isqrt(held.shape[1])  # e^2 <= e + e^2 < (e + 1)^2
+        return cls(np.array(held[:, :e].T, order="C"), np.array(np.linalg.inv(held[:, e:].reshape(n, e, e)).transpose(1, 2, 0), order="C"))
 
 
 class Labels:
@@ -187,7 +189,7 @@ class Labels:
         drawn, offset, z = self._parents(held, noise, np.float32)
         white = self.leaves_first(noise(self.leaf, (self.particles, leaves * n, 1, labels)))
         for k, prior in enumerate(self.priors):
-            scatter(self.evidence[k], z[k], offset[k], prior.p.astype(np.float32), DRAW_STEPS, white[k])
+            sweeps.scatter(self.evidence[k], z[k], offset[k], prior.p.astype(np.float32), DRAW_STEPS, white[k])
         return {**({self.parent.name: tensor(drawn)} if self.parent else {}), self.leaf.name: self.units_first(z)}
 
     def ratios(self, held: Parents, noise: Noise, samples: int) -> Tensor:
@@ -197,9 +199,9 @@ class Labels:
         prior, out = self.priors[0], np.empty((samples, leaves, 1, n))
         for ratio in out:
             (white,), z = self.leaves_first(noise(self.leaf, (1, leaves * n, 1, labels))), start.copy()
-            scatter(self.evidence[0], z, offset.astype(np.float32), prior.p.astype(np.float32), DRAW_STEPS, white)
+            sweeps.scatter(self.evidence[0], z, offset.astype(np.float32), prior.p.astype(np.float32), DRAW_STEPS, white)
             ratio[:, 0] = ((offset - 0.5 * np.einsum("lm,smn->sln", prior.p, z, optimize=True)) * z).sum(1) + 0.5 * (white.astype(np.float64) ** 2).sum(1)
-            ratio[:, 0] += (logsumexp(z[:, None] + self.evidence[0], axis=2) - logsumexp(z, axis=1)[:, None]).sum(1)
+            ratio[:, 0] += (special.logsumexp(z[:, None] + self.evidence[0], axis=2) - special.logsumexp(z, axis=1)[:, None]).sum(1)
         return self.units_first(out)[:, :, 0, 0]
 
     def _parents(self, held: Parents, noise: Noise, dtype: type[np.floating[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -210,7 +212,7 @@ class Labels:
         start = np.empty((self.particles, leaves, labels, n), np.float32)
         for k, p in enumerate(self.priors):
             given = np.ascontiguousarray(white[k, :, 0]), p.c, np.ascontiguousarray(p.q), np.ascontiguousarray(p.inverse)  # one layout is compiled
-            descend(held.mode, held.spread, *given, drawn[k, :, 0], offset[k], start[k])
+            drawing.descend(held.mode, held.spread, *given, drawn[k, :, 0], offset[k], start[k])
         return drawn, offset, start
 
 
@@ -254,7 +256,7 @@ class LabelledCore(Labels):
         """Newton steps of the parents until they move by little."""
         leaves, _, _, n = self.shape
         prior, b = self.priors[k], self.evidence[k]
-        groups = np.arange(0, n, LANES)
+        groups = np.arange(0, n, sweeps.LANES)
         if start is None:
             offset = np.repeat(prior.c[:, None], n, 1)
             z = np.repeat(np.linalg.solve(prior.p, offset)[None], leaves, 0).astype(np.float32)
@@ -268,7 +270,7 @@ class LabelledCore(Labels):
         factor, mixing = np.zeros((n, len(top), len(top))), Mixing(top, float(np.mean(1 / np.sqrt(np.diagonal(prior.r0)))))
         todo = groups
         for number in range(SWEEPS):
-            at = (todo[:, None] + np.arange(LANES)).ravel()
+            at = (todo[:, None] + np.arange(sweeps.LANES)).ravel()
             at = at[at < n]
             mean, cov = self._sweep(b, z, todo, prior.c[:, None] - prior.q @ top, prior, FIRST_STEPS if fresh and not number else STEPS)
             here = top[:, at]
@@ -280,7 +282,7 @@ class LabelledCore(Labels):
             mixing.move(top, at, step)
             unsettled = np.zeros(n, bool)
             unsettled[at] = (g * step).sum(0) > SETTLED
-            todo = np.unique(np.flatnonzero(unsettled) // LANES) * LANES
+            todo = np.unique(np.flatnonzero(unsettled) // sweeps.LANES) * sweeps.LANES
             if not len(todo):
                 break
         self._finish(k, z, top, factor)
@@ -293,8 +295,8 @@ class LabelledCore(Labels):
         if self.parent is not None:
             spread = np.linalg.inv(factor).transpose(0, 2, 1)  # M M^T = H^-1
             gain = np.ascontiguousarray(np.einsum("le,nef->lfn", -prior.q, spread, optimize=True), dtype=np.float32)
-        sweep(
-            self.evidence[k], z, np.arange(0, n, LANES), offset.astype(np.float32), prior.p.astype(np.float32), 1, gain,
+        sweeps.sweep(
+            self.evidence[k], z, np.arange(0, n, sweeps.LANES), offset.astype(np.float32), prior.p.astype(np.float32), 1, gain,
             np.zeros((labels, n)), np.zeros((labels, labels, n)), value, self._mean[k], self._variance[k], self._share[k],
         )
         value = value + leaves * (prior.v + 0.5 * labels * math.log(2 * math.pi) + prior.d @ top - 0.5 * (top * (prior.r @ top)).sum(0))
@@ -307,7 +309,7 @@ class LabelledCore(Labels):
         """Settle the leaves; sums over them of means `[L, n]` and covariances `[n, L, L]`."""
         _, _, labels, n = self.shape
         mean, cov = np.zeros((labels, n)), np.zeros((labels, labels, n))
-        sweep(b, z, todo, offset.astype(np.float32), prior.p.astype(np.float32), steps, NOTHING, mean, cov, np.zeros(0), NOTHING, NOTHING, NOTHING[None])
+        sweeps.sweep(b, z, todo, offset.astype(np.float32), prior.p.astype(np.float32), steps, NOTHING, mean, cov, np.zeros(0), NOTHING, NOTHING, NOTHING[None])
         cov = cov.transpose(2, 0, 1)
         return mean, cov + np.tril(cov, -1).transpose(0, 2, 1)
 

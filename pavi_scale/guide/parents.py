@@ -8,8 +8,6 @@ loop whose innermost index runs over parents, as in `sweeps`; fused products are
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,25 +16,6 @@ from numba import njit
 from pavi_scale.instructions import fma
 
 _LANES = 128  # parents at once
-
-
-@dataclass(frozen=True)
-class Parents:
-    """What draws of n parent units need of them, E numbers each.
-
-    Args:
-        mode: `[E, n]`.
-        spread: M^T, `[E, E, n]`: M M^T is the covariance, M upper triangular.
-    """
-
-    mode: np.ndarray
-    spread: np.ndarray
-
-    @classmethod
-    def of(cls, held: np.ndarray) -> Parents:
-        """From the mode and the Cholesky factor of the precision of each, `[n, E + E E]` (`LabelledCore.held`)."""
-        n, e = len(held), math.isqrt(held.shape[1])  # e^2 <= e + e^2 < (e + 1)^2
-        return cls(np.array(held[:, :e].T, order="C"), np.array(np.linalg.inv(held[:, e:].reshape(n, e, e)).transpose(1, 2, 0), order="C"))
 
 
 @njit(nogil=True, error_model="numpy", cache=True)  # type: ignore[misc]

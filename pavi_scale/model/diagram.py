@@ -8,13 +8,17 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from pavi_scale.errors import InputError
+from pavi_scale.later import Later
 from pavi_scale.model.protocol import ModelLike, VariableLike
 from pavi_scale.plates import ancestors
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = Later("pandas")
 
 _SPREAD = 1.3  # distance of neighbouring columns; rows are 1 apart
 _FILL = {"latent": "#ffffff", "observed": "#c9d3df", "covariate": "#efe9dc"}

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 
 from pavi_scale.errors import ModelError
 from pavi_scale.model.diagram import Drawn
-from pavi_scale.model.simulate import Simulated
+from pavi_scale.model.simulate.mixin import Simulated
 from pavi_scale.plates import Plate, ancestors
 
 Law = Callable[..., Distribution]

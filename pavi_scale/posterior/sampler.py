@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import xarray as xr
 
 from pavi_scale.errors import RunError
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Layout
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # Tensor libraries use all cores for one draw and keep settings per process: threads of a chunked read take turns.
 _drawing = threading.Lock()

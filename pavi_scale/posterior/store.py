@@ -13,10 +13,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.errors import ZarrUserWarning
@@ -24,8 +23,14 @@ from zarr.errors import ZarrUserWarning
 from pavi_scale.digests import tree
 from pavi_scale.durable import disk_errors, sync_directory, sync_file
 from pavi_scale.errors import NumericalError, RunError
+from pavi_scale.later import Later
 from pavi_scale.posterior.integrity import MANIFEST, expected_chunks, missing_chunks, write_manifest
 from pavi_scale.posterior.sampler import Context, Latent
+
+if TYPE_CHECKING:
+    import xarray as xr
+else:
+    xr = Later("xarray")
 
 NAME = "posterior.zarr"
 PARTIAL = "posterior.zarr.partial"

@@ -38,7 +38,7 @@ def digest(run: Path) -> str:
 def one(cohort: str, run: Path, workers: int, ready: bool) -> dict[str, Any]:
     """One fit in this process or on a fresh cluster of so many workers."""
     torch.set_num_threads(1)
-    importlib.import_module("pavi_scale.fitting").MOST_LANES = 1  # no option of a fit: one lane is slower wherever there are two cores
+    importlib.import_module("pavi_scale.study").MOST_LANES = 1  # no option of a fit: one lane is slower wherever there are two cores
     row: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         client = None

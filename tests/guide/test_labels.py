@@ -12,12 +12,13 @@ from torch.distributions import Categorical, HalfNormal, Independent, LogNormal,
 
 import pavi_scale as ps
 from pavi_scale.cohort import open_cohort
-from pavi_scale.guide import labels
+from pavi_scale.guide import labels, sweeps
+from pavi_scale.guide.blocks import labelled
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
-from pavi_scale.guide.labels import LabelledCore, at_least, labelled
+from pavi_scale.guide.labels import LabelledCore, Parents, at_least
 from pavi_scale.guide.local import fit_core
-from pavi_scale.guide.parents import Parents, descend
+from pavi_scale.guide.parents import descend
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Reduced, Value
 from pavi_scale.settings import make_graph, precision
@@ -256,13 +257,13 @@ def test_ratios_are_those_of_the_leaves_draws(monkeypatch):
         return np.median(weight.sum(0) ** 2 / (weight**2).sum(0)) / 200
 
     assert efficiency() > 0.9
-    right = labels.scatter
+    right = sweeps.scatter
 
     def shifted(evidence, z, *others):
         right(evidence, z, *others)
         z += 0.7
 
-    monkeypatch.setattr(labels, "scatter", shifted)  # a guide that is an sd off would be seen
+    monkeypatch.setattr(sweeps, "scatter", shifted)  # a guide that is an sd off would be seen
     assert efficiency() < 0.2
 
 

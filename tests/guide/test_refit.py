@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pavi_scale.guide.root import StudentT
+from pavi_scale.guide.student import StudentT
 from pavi_scale.marginal import Pool, covariance, curvature, find_mode, polish, refit, whitening
 from pavi_scale.psis import smooth
 

@@ -16,7 +16,8 @@ from torch.distributions import Categorical, Distribution, Gamma, HalfNormal, In
 from pavi_scale.errors import InputError, ModelError, NumericalError
 from pavi_scale.laws import IsotropicNormalMixture
 from pavi_scale.model import Model, covariate, latent, observed
-from pavi_scale.model.simulate import batched, generate, simulate, sinks
+from pavi_scale.model.simulate import batched, generate, sinks
+from pavi_scale.model.simulate.cohort import simulate
 from pavi_scale.plates import Plate
 
 radon = Model(
@@ -287,7 +288,7 @@ PEAK = """
     import resource, sys
     from torch.distributions import Normal
     from pavi_scale.model import Model, latent, observed
-    from pavi_scale.model.simulate import simulate
+    from pavi_scale.model.simulate.cohort import simulate
     from pavi_scale.plates import Plate
     m = Model(Plate("s"), Plate("v"), a=latent(lambda: Normal(0., 1.), plates=("s", "v"), dims="d"),
         x=observed(lambda a: Normal(a, 1.), plates=("s", "v"), dims="d"), sizes={"d": 16})

@@ -117,18 +117,3 @@ def simulate(
         if isinstance(root.store, LocalStore):
             COHORT.write(root.store.root, {"model": about["model"]})
         return xr.open_dataset(target, engine="zarr", chunks=None, cache=False)
-
-
-class Simulated:
-    """Mixin that gives a model its `sample`."""
-
-    def sample(
-        self: ModelLike,
-        sizes: Mapping[str, int] | None = None,
-        given: xr.Dataset | None = None,
-        seed: int = 0,
-        dtype: str = "float64",
-        fixed: xr.Dataset | None = None,
-    ) -> xr.Dataset:
-        """One simulated cohort with every variable; see `pavi_scale.model.simulate.sample`."""
-        return sample(self, sizes, given, seed, dtype, fixed)
