@@ -14,7 +14,7 @@ from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
 from pavi_scale.guide.mode import TOLERANCE, along, decrement, search
 
 LEAST_COLUMNS = 100  # of the dense rest from which a curvature is kept
-AT_REST = 1e-10  # decrement (nats) at which steps with a kept curvature end: of a conditional sd, a hundred-thousandth is left, which Newton's last step squares
+AT_REST = 1e-10  # decrement (nats) at which steps with a kept curvature end: a hundred-thousandth of a conditional sd, which Newton's last step squares
 SHRINK = 0.5  # of the decrement by a step, at least, or the curvature is computed anew: it costs as much as tens of steps
 STEPS = 40  # with one curvature
 CURVATURES = 12  # computed anew, before the guarded search takes over

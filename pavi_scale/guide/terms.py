@@ -20,7 +20,6 @@ from pavi_scale.model.density import Aligned, align
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.reduced import Reduced, Value
 
-
 MANY_COLUMNS = 16  # of a Hessian that are had at once
 BATCHED = 1 << 21  # numbers of such a batch: more leave the processor's cache, and passes one by one take as long
 
@@ -312,32 +311,32 @@ class Laws:
 
         One reverse pass per label for J, and short ones through the evidence alone, take the place of one through the whole mixture per column.
         """
-        graph, name = self.reduced.graph, factor.variable
-        own, latents = next((b, names) for b, names in factor.touches if graph.labelled[name] in names)
+        graph, k = self.reduced.graph, self.particles
+        latent, sizes = graph.labelled[factor.variable], self.reduced.sizes(graph.model.variables[factor.variable].plates)
+        own = next(b for b, latents in factor.touches if latent in latents)
         copies, given, _ = self._copied(factor, z, False)
-        n, others = self.reduced.count(graph.model.variables[name].plates), list(copies.values())
-        found = self.reduced.evidence(name, self.given, given=given)
-        logits = self.split(self.blocks[own], graph.labelled[name], copies[own]).detach()
-        evidence = found.expand(self.particles, *self.reduced.sizes(graph.model.variables[name].plates), -1).reshape(self.particles, n, -1)
+        others = list(copies.values())
+        found = self.reduced.evidence(factor.variable, self.given, given=given)
+        evidence = found.expand(k, *sizes, -1).reshape(k, -1, found.shape[-1])
+        if not evidence.requires_grad:  # a law may leave out what it is given
+            evidence = evidence + 0.0 * others[0].sum()
+        logits = self.split(self.blocks[own], latent, copies[own]).detach()
         joint = logits + evidence.detach()
         r, p = joint.softmax(-1), logits.softmax(-1)
-        value = joint.logsumexp(-1) - logits.logsumexp(-1)
-
-        kept = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
-        each = [torch.autograd.grad(evidence[..., i].sum(), others, **kept) for i in range(logits.shape[-1])]
-        jacobian = {b: torch.stack(part, 2)[..., 0, :] for b, part in zip(copies, zip(*each, strict=True), strict=True)}  # [K, n, labels, e]
-        columns = self.component.columns(self.blocks[own], graph.labelled[name])
-        jacobian[own][..., columns.start : columns.stop] += torch.eye(len(columns))
-        slope = {b: (r[..., None, :] @ j)[..., 0, :] for b, j in jacobian.items()}
-        first = torch.autograd.grad((r * evidence).sum(), others, create_graph=True, **kept)
+        first = torch.autograd.grad(evidence, others, r, create_graph=True, materialize_grads=True)
         hess = self._columns(factor, copies, first, False)
-        # One product for s s^T - J^T (diag r) J.
-        left = {b: torch.cat([slope[b][..., None, :], r[..., None] * -j], 2).flatten(0, 1) for b, j in jacobian.items()}
-        right = {b: torch.cat([slope[b][..., None, :], j], 2).flatten(0, 1) for b, j in jacobian.items()}
+        each = [torch.autograd.grad(e.sum(), others, retain_graph=True, materialize_grads=True) for e in evidence.unbind(-1)]
+        jacobian = {b: torch.stack(part, 2)[..., 0, :] for b, part in zip(copies, zip(*each, strict=True), strict=True)}  # [K, n, labels, e]
+        columns = self.component.columns(self.blocks[own], latent)
+        at = slice(columns.start, columns.stop)
+        jacobian[own][..., at] += torch.eye(len(columns))
+        slope = {b: r[..., None, :] @ j for b, j in jacobian.items()}
+        left = {b: torch.cat([slope[b], r[..., None] * -j], 2).flatten(0, 1) for b, j in jacobian.items()}
+        right = {b: torch.cat([slope[b], j], 2).flatten(0, 1) for b, j in jacobian.items()}
         hess = {(b, a): torch.baddbmm(h.flatten(0, 2), left[b].mT, right[a]).reshape(h.shape) for (b, a), h in hess.items()}
-        hess[own, own][:, :, 0, columns.start : columns.stop, columns.start : columns.stop] += torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
-        slope[own][..., columns.start : columns.stop] -= p
-        return value, {b: s[:, :, None] for b, s in slope.items()}, hess
+        hess[own, own][:, :, 0, at, at] += torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+        slope[own][:, :, 0, at] -= p
+        return joint.logsumexp(-1) - logits.logsumexp(-1), slope, hess
 
     def _rough(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """As `_factor` for a law with kinks (Laplace), whose second derivative says nothing.
