@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pavi_scale.errors import PlanRefused
-from pavi_scale.guide.blocks import Component, dense_rest, dense_units, labelled
+from pavi_scale.guide.blocks import COLUMN_NUMBERS, MOST_COLUMNS, Component, dense_rest, dense_units, labelled
 from pavi_scale.guide.guide import Guide
 from pavi_scale.memory import format_bytes
 from pavi_scale.model.density import Graph
@@ -88,7 +88,7 @@ def unit_bytes(graph: Graph, components: Sequence[Component], itemsize: int) -> 
         return itemsize * max(LABELLED_VALUES * math.prod(graph.shape(graph.model.variables[x])) + LABELLED_LABELS * labels for x in graph.labelled)
     width = max((math.prod(graph.shape(v)) for v in graph.model.of_kind("latent", "observed")), default=1)
     columns = max((sum(b.dim if not c.elementwise else len(b.sizes) for b in c.blocks) for c in components), default=1)
-    return itemsize * TEMPORARIES * (width + min(columns, 64) * 4)
+    return itemsize * TEMPORARIES * (width + min(columns, MOST_COLUMNS) * COLUMN_NUMBERS)
 
 
 def swept(graph: Graph, components: Sequence[Component]) -> bool:

@@ -140,18 +140,21 @@ class Reduced:
         parents = {p: given.get(p) or self.aligned(p, v.plates, values) for p in v.parents}
         return self.graph.second_order(v, self.aligned(name, v.plates, values), parents)
 
-    def evidence(self, name: str, values: Mapping[str, Value], rows: slice = slice(None)) -> Tensor:  # noqa: B008 (immutable)
+    def evidence(
+        self, name: str, values: Mapping[str, Value], rows: slice = slice(None), given: Mapping[str, Aligned] | None = None,  # noqa: B008 (immutable)
+    ) -> Tensor:
         """Log p(name | label, other parents) per ground unit of a mixture, `[K, *sizes(plates), labels]` (`Graph.evidence`).
 
         Args:
             name: The observed mixture.
             values: Latent values.
             rows: Units of its first plate.
+            given: As in `log_prob`.
         """
-        v = self.graph.model.variables[name]
+        v, given = self.graph.model.variables[name], given or {}
         logits = self.graph.labelled[name]
         zero = Aligned(torch.zeros(self.graph.links[logits].size, dtype=self.dtype), (), False)  # it does not enter
-        look = {p: zero if p == logits else self.aligned(p, v.plates, values) for p in (name, *v.parents)}
+        look = {p: zero if p == logits else given.get(p) or self.aligned(p, v.plates, values) for p in (name, *v.parents)}
         some = {p: a.rows(rows) if a.axes and a.axes[0] == v.plates[0] else a for p, a in look.items()}
         return self.graph.evidence(v, some.pop(name), some)
 

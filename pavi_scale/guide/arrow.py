@@ -100,6 +100,17 @@ class Arrow:
         """The same for other particles: `change` along the first axis."""
         return replace(self, head=change(self.head), values=tuple(change(v) for v in self.values), factor=change(self.factor), lost=change(self.lost))
 
+    def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """H^-1 g, `[K, n, C, e]` by block."""
+        j = self.pattern.head
+        inner = solve(self.head, gradient[j][..., None])[..., 0]
+        g = {b: gradient[b] for b in self.pattern.starts}
+        for link, value in zip(self.pattern.links, self.values, strict=True):
+            g[link.block] = g[link.block].index_add(1, link.unit, -(value.mT @ inner.index_select(1, link.head)[..., None])[..., 0])
+        step = _unpack(self.pattern, solve(self.factor, _pack(self.pattern, g)[..., None])[..., 0])
+        away = _along(self.pattern, self.values, step, torch.zeros_like(inner))
+        return {**step, j: inner - solve(self.head, away[..., None])[..., 0]}
+
     def log_det(self) -> Tensor:
         """log det of the whole Cholesky factor, `[K]`."""
         return log_det(self.head).sum(1) + log_det(self.factor)
@@ -202,21 +213,14 @@ def factorise_arrow(pattern: Pattern, precision: Mapping[Pair, Tensor], coupling
     j = pattern.head
     k, _, c, _ = gradient[j].shape
     head = factorise(precision[j, j])
-    inner = solve(head, gradient[j][..., None])[..., 0]
     values = tuple(couplings[link.number].value.mT if link.turned else couplings[link.number].value for link in pattern.links)
-    g = {b: gradient[b] for b in pattern.starts}
-    for link, value in zip(pattern.links, values, strict=True):
-        g[link.block] = g[link.block].index_add(1, link.unit, -(value.mT @ inner.index_select(1, link.head)[..., None])[..., 0])
-
     whole = _rest(pattern, {b: _flat(precision[b, b]) for b in pattern.starts}, couplings)
     left = whole - _Taken.apply(pattern, _flat(head), *(_flat(v) for v in values))  # type: ignore[no-untyped-call]
     diagonal, before = (t.detach().diagonal(dim1=-2, dim2=-1) for t in (left, whole))
     lost = (diagonal <= DIGITS * torch.finfo(left.dtype).eps * before).reshape(k, -1).any(1)
-    factor = factorise(left.unflatten(0, (k, c)))
-    step = _unpack(pattern, solve(factor, _pack(pattern, g)[..., None])[..., 0])
-    away = _along(pattern, values, step, torch.zeros_like(inner))
-    step[j] = inner - solve(head, away[..., None])[..., 0]
-    return Arrow(pattern, head, values, factor, step, lost)
+    found = Arrow(pattern, head, values, factorise(left.unflatten(0, (k, c))), {}, lost)
+    found.step = found.solve(gradient)
+    return found
 
 
 def _rest(pattern: Pattern, own: Mapping[str, Tensor], couplings: Sequence[Coupling]) -> Tensor:
@@ -225,13 +229,13 @@ def _rest(pattern: Pattern, own: Mapping[str, Tensor], couplings: Sequence[Coupl
     out = next(iter(own.values())).new_zeros(len(next(iter(own.values()))), t * t)
     for b, value in own.items():
         unit = torch.arange(pattern.sizes[b][0])
-        out = out.index_add(1, _positions(pattern, (b, b), unit, unit), value.flatten(1))
+        out.index_add_(1, _positions(pattern, (b, b), unit, unit), value.flatten(1))
     for found in couplings:
         if pattern.head not in found.pair:
             row, column = (torch.arange(found.value.shape[1]) if at is None else at for at in found.at)
             value = _flat(found.value)
-            out = out.index_add(1, _positions(pattern, found.pair, row, column), value.flatten(1))
-            out = out.index_add(1, _positions(pattern, found.pair[::-1], column, row), value.mT.flatten(1))
+            out.index_add_(1, _positions(pattern, found.pair, row, column), value.flatten(1))
+            out.index_add_(1, _positions(pattern, found.pair[::-1], column, row), value.mT.flatten(1))
     return out.unflatten(1, (t, t))
 
 

@@ -16,7 +16,8 @@ from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Plate, ancestors
 
 DENSE_LIMIT = 1500  # unconstrained coordinates of a crossed component, but for its largest block, that are solved densely: ~1 GFLOP a factorisation
-DENSE_UNITS = 16  # numbers of a dense factor whose working memory is that of one ground unit of a law
+DENSE_UNITS = 16  # numbers of a dense factor whose working memory is that of one ground unit of a law of few coordinates, at least
+COLUMN_NUMBERS, MOST_COLUMNS = 4, 64  # numbers of a unit for each column of its Hessian, and how many of those are held at once
 DENSE_NEWTON_LIMIT = 500  # the same where the laws are not Gaussian and it takes many factorisations to find the mode
 
 
@@ -228,9 +229,12 @@ def dense_rest(component: Component, cardinality: Mapping[str, int]) -> tuple[in
 
 
 def dense_units(components: Iterable[Component], cardinality: Mapping[str, int]) -> int:
-    """Ground units of a law that weigh as much in memory as the largest dense factor."""
-    rests = [dense_rest(c, cardinality) for c in components]
-    return max((c * t * t for c, t in rests), default=0) // DENSE_UNITS
+    """Ground units of a law that weigh as much in memory as the largest dense factor.
+
+    Of a unit, a column of its Hessian takes as many numbers as the plan counts for it (`planning.unit_bytes`); of element-wise laws there are few.
+    """
+    found = [(dense_rest(c, cardinality), 1 if c.elementwise else sum(b.dim for b in c.blocks)) for c in components]
+    return max((copies * t * t // max(DENSE_UNITS, COLUMN_NUMBERS * min(columns, MOST_COLUMNS)) for (copies, t), columns in found), default=0)
 
 
 def law_units(graph: Graph, component: Component, cardinality: Mapping[str, int]) -> int:

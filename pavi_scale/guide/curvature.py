@@ -172,6 +172,21 @@ class LocalModel(Laws):
             gaussian = factorise_arrow(self._pattern(z, couplings), precision, couplings, gradient)
         return Expansion(value if value is not None else torch.zeros(k, 1), gradient, gaussian)
 
+    def slope(self, z: Mapping[str, Tensor], *, differentiable: bool = False) -> tuple[Tensor, Coordinates]:
+        """Log joint, `[K]`, and gradient at `z`, without curvature: of a component whose laws have no kinks. `differentiable` as in `expand`."""
+        gradient = {n: torch.zeros_like(zb) for n, zb in z.items()}
+        value = torch.zeros(self.particles, dtype=self.reduced.dtype)
+        for factor in self.component.factors:
+            term, grads, _ = self._factor(factor, z, differentiable, second=False)
+            plates = self.reduced.graph.model.variables[factor.variable].plates
+            value = value + term.sum(1)
+            for b, grad in grads.items():
+                gradient[b] = scatter(gradient[b], self.reduced.unit_index(plates, self.blocks[b].plates), grad)
+        for b in (b for b in self.sites if b in z):
+            site, grad, _ = self._site(b, z[b])
+            value, gradient[b] = value + site.sum(1), gradient[b] + grad
+        return value, gradient
+
     def _pattern(self, z: Mapping[str, Tensor], couplings: list[Coupling]) -> Pattern:
         """What a crossed component eliminates: a matter of the selection alone, and kept with it."""
         key = ("pattern", self.component.name, self.component.elementwise)

@@ -6,6 +6,7 @@ dense for a few units at a time, over the columns that they touch only (their fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from pavi_scale.guide.gaussian import Pair
 
 SLAB = 1 << 22  # numbers of a front or its square held at once
-FULL = 12  # a unit that touches more than one in so many columns of the rest is given all: one matrix product beats many small ones
+FULL = 12  # a unit of one coordinate that touches more than one in so many columns of the rest is given all: one matrix product beats many small ones
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def _fronts(
         own: Columns of each unit.
     """
     e = sizes[head][1]
-    full = own * FULL > total
+    # Given all columns, work grows with e; with its own, most of it is to add w^2 numbers to the rest's, whatever e.
+    full = own * (FULL / math.sqrt(e)) > total
     level = torch.where(full, 1000, (2 * own.clamp_min(1).double().log2()).ceil().long())
     slab, local = torch.full_like(own, -1), torch.zeros_like(own)
     plans: list[tuple[Tensor, int, bool]] = []

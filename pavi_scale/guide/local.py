@@ -13,7 +13,8 @@ from pavi_scale.guide.arrow import Arrow
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
 from pavi_scale.guide.gaussian import Tree, back, forward, log_det
-from pavi_scale.guide.mode import Noise, find_mode
+from pavi_scale.guide.kept import costly, settle
+from pavi_scale.guide.mode import Noise, find_mode, nearer
 from pavi_scale.reduced import Value
 
 Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (noise, context) -> (corrected noise, log |d corrected / d noise|)
@@ -79,6 +80,14 @@ def fit_core(local: LocalModel, *, differentiable: bool) -> Core:
             rise = 0.5 * (expansion.gradient[block.name] * expansion.gaussian.step[block.name]).sum((-1, -2))
             value = value + local.to_top(rise, block.plates)
         return Core(local, mode, Expansion(value, expansion.gradient, expansion.gaussian))
+    if costly(local):
+        mode, expansion = settle(local, nearer(local, local.start()))
+        if not differentiable:
+            return Core(local, mode, expansion)
+        # At the mode the gradient is zero, so that the step's derivative is that of the gradient alone: the curvature's need not be known.
+        step = expansion.gaussian.solve(local.slope(mode, differentiable=True)[1])  # type: ignore[union-attr]
+        mode = {b: z + step[b] for b, z in mode.items()}
+        return Core(local, mode, local.expand(mode, differentiable=True))
     mode = find_mode(local)
     if differentiable:
         step = local.expand(mode, differentiable=True).gaussian.step

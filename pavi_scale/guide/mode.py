@@ -28,10 +28,10 @@ def find_mode(local: LocalModel) -> Coordinates:
         z = local.start()
         if local.component.rough:
             return _rough(local, z)
-        return search(local, _nearer(local, z))
+        return search(local, nearer(local, z))
 
 
-def _nearer(local: LocalModel, z: Coordinates) -> Coordinates:
+def nearer(local: LocalModel, z: Coordinates) -> Coordinates:
     """The prior means, or those of the modes found at another root point where log joint and log volume are highest here, unit by unit."""
     starts, modes = local.reduced.starts, local.reduced.modes
     tables = [{b: torch.nn.functional.pad(starts[b], (1, 0)) for b in z}] if all(b in starts for b in z) else []
@@ -68,7 +68,7 @@ def search(local: LocalModel, z: Coordinates) -> Coordinates:
         before = torch.zeros_like(expansion.value, dtype=torch.bool) if settled is None else settled
         settled = before | (decrement(local, expansion) < TOLERANCE)
         # The step at hand is free, and squares what is left of a settled unit's error; after it the unit rests, however long the others take.
-        z, stuck = _along(local, z, expansion, settled, before)
+        z, stuck = along(local, z, expansion, settled, before)
         settled = settled | stuck
         going = ~settled.all(1)
         if not bool(going.any()):
@@ -83,7 +83,7 @@ def search(local: LocalModel, z: Coordinates) -> Coordinates:
     return found
 
 
-def _along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tensor, resting: Tensor) -> tuple[Coordinates, Tensor]:
+def along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tensor, resting: Tensor) -> tuple[Coordinates, Tensor]:
     """The point a Newton step leads to, and the units that no length of it raises (they stay where they are, as those at rest do).
 
     Units whose log joint falls, or is not finite, try a quarter of the step; settled ones take it whole, or not at all.

@@ -20,6 +20,9 @@ from pavi_scale.model.density import Aligned, align
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.reduced import Reduced, Value
 
+MANY_COLUMNS = 16  # of a Hessian that are had at once
+BATCHED = 1 << 21  # numbers of such a batch: more leave the processor's cache, and passes one by one take as long
+
 
 @dataclass(frozen=True)
 class Absorbed:
@@ -144,6 +147,15 @@ class Laws:
 
         With `alone`, those of its first unit only.
         """
+        copies, given, jacobian = self._copied(factor, z, differentiable, alone)
+        found = self.reduced.log_prob(factor.variable, self.given, given, alone=alone)
+        value = found.reshape(len(found), -1) + jacobian
+        return value.expand(self.particles, -1), copies
+
+    def _copied(
+        self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, alone: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Aligned], Tensor | float]:
+        """Copies of the blocks' coordinates at one law's own units, the values made of them, and the log-Jacobian of a latent's own law."""
         v = self.reduced.graph.model.variables[factor.variable]
         sizes = (1,) * len(v.plates) if alone else self.reduced.sizes(v.plates)
         copies: dict[str, Tensor] = {}
@@ -166,9 +178,7 @@ class Laws:
                 given[latent] = Aligned(theta.reshape(theta.shape[0], *sizes, *link.event_shape), v.plates, True)
                 if latent == factor.variable:
                     jacobian = link.log_det(base, theta)
-        found = self.reduced.log_prob(factor.variable, self.given, given, alone=alone)
-        value = found.reshape(len(found), -1) + jacobian
-        return value.expand(self.particles, -1), copies
+        return copies, given, jacobian
 
     def one_unit(
         self, factor: Factor, z: Mapping[str, Tensor], *, differentiable: bool
@@ -211,6 +221,8 @@ class Laws:
     def _derivatives(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool, second: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         if second and not differentiable and (known := self._own(factor, z)) is not None:
             return known
+        if second and not differentiable and self._has_labels(factor):
+            return self._by_labels(factor, z)
         value, copies = self._copies(factor, z, differentiable)
         uniform = factor.variable in self.component.uniform
         first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=differentiable or (second and not uniform), materialize_grads=True)
@@ -231,6 +243,9 @@ class Laws:
         for i, a in enumerate(names):
             columns = sorted({c for latent in dict(factor.touches)[a] for c in self.component.columns(self.blocks[a], latent)})
             rows = names[i:]
+            if len(columns) >= MANY_COLUMNS and copies[a].numel() * len(columns) <= BATCHED:
+                hess.update({(b, a): h for b, h in self._at_once(copies, rows, first[i], columns, differentiable).items()})
+                continue
             parts: dict[str, list[Tensor]] = {b: [torch.zeros_like(copies[b])] * copies[a].shape[3] for b in rows}
             for c in columns:
                 seed = first[i][..., c].sum()
@@ -242,6 +257,23 @@ class Laws:
             for b in rows:  # stored (fine, coarse): `b` comes later, so it is the finer one
                 hess[b, a] = torch.stack(parts[b], -1)
         return hess
+
+    def _at_once(self, copies: Mapping[str, Tensor], rows: Sequence[str], slope: Tensor, columns: Sequence[int], differentiable: bool) -> dict[str, Tensor]:
+        """Many columns of minus second derivatives by one batched reverse pass: of few units, passes take longer to begin than to compute."""
+        e = slope.shape[3]
+        if not slope.requires_grad:
+            return {b: copies[b].new_zeros(*copies[b].shape, e) for b in rows}
+        seeds = torch.eye(e, dtype=slope.dtype)[list(columns)][:, None, None, None].expand(-1, *slope.shape)
+        found = torch.autograd.grad(
+            slope, [copies[b] for b in rows], seeds, create_graph=differentiable, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        out = {}
+        for b, part in zip(rows, found, strict=True):
+            each = copies[b].new_zeros(len(columns), *copies[b].shape) if part is None else -part
+            if len(columns) < e:
+                each = each.new_zeros(e, *each.shape[1:]).index_copy(0, torch.tensor(columns), each)
+            out[b] = each.movedim(0, -1).contiguous()
+        return out
 
     def _own(self, factor: Factor, z: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]] | None:
         """The terms of a law that gives its own second derivatives by the only latent it touches; None for others."""
@@ -264,6 +296,47 @@ class Laws:
             hessian = gradient.new_zeros(k, n, 1, block.dim, block.dim)
             hessian[..., columns[:, None], columns] = curve[:, :, None]
         return term, {name: gradient}, {(name, name): hessian}
+
+    def _has_labels(self, factor: Factor) -> bool:
+        """Whether a law is a mixture that is differentiated by its labels' logits and by latents of other blocks."""
+        logits = self.reduced.graph.labelled.get(factor.variable)
+        return len(factor.touches) > 1 and not self.component.elementwise and any(logits in latents for _, latents in factor.touches)
+
+    def _by_labels(self, factor: Factor, z: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
+        r"""The terms of a mixture, log sum_k exp(l_k + e_k) - log sum_k exp(l_k) of logits l and evidences e, from its labels' posterior r.
+
+        With J the derivatives of l + e, s = J^T r, and p = softmax(l): gradient s - p, minus Hessian (Louis 1982)
+
+            s s^T - J^T (diag r) J - sum_k r_k d^2 e_k + diag p - p p^T.
+
+        One reverse pass per label for J, and short ones through the evidence alone, take the place of one through the whole mixture per column.
+        """
+        graph, k = self.reduced.graph, self.particles
+        latent, sizes = graph.labelled[factor.variable], self.reduced.sizes(graph.model.variables[factor.variable].plates)
+        own = next(b for b, latents in factor.touches if latent in latents)
+        copies, given, _ = self._copied(factor, z, False)
+        others = list(copies.values())
+        found = self.reduced.evidence(factor.variable, self.given, given=given)
+        evidence = found.expand(k, *sizes, -1).reshape(k, -1, found.shape[-1])
+        if not evidence.requires_grad:  # a law may leave out what it is given
+            evidence = evidence + 0.0 * others[0].sum()
+        logits = self.split(self.blocks[own], latent, copies[own]).detach()
+        joint = logits + evidence.detach()
+        r, p = joint.softmax(-1), logits.softmax(-1)
+        first = torch.autograd.grad(evidence, others, r, create_graph=True, materialize_grads=True)
+        hess = self._columns(factor, copies, first, False)
+        each = [torch.autograd.grad(e.sum(), others, retain_graph=True, materialize_grads=True) for e in evidence.unbind(-1)]
+        jacobian = {b: torch.stack(part, 2)[..., 0, :] for b, part in zip(copies, zip(*each, strict=True), strict=True)}  # [K, n, labels, e]
+        columns = self.component.columns(self.blocks[own], latent)
+        at = slice(columns.start, columns.stop)
+        jacobian[own][..., at] += torch.eye(len(columns))
+        slope = {b: r[..., None, :] @ j for b, j in jacobian.items()}
+        left = {b: torch.cat([slope[b], r[..., None] * -j], 2).flatten(0, 1) for b, j in jacobian.items()}
+        right = {b: torch.cat([slope[b], j], 2).flatten(0, 1) for b, j in jacobian.items()}
+        hess = {(b, a): torch.baddbmm(h.flatten(0, 2), left[b].mT, right[a]).reshape(h.shape) for (b, a), h in hess.items()}
+        hess[own, own][:, :, 0, at, at] += torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+        slope[own][:, :, 0, at] -= p
+        return joint.logsumexp(-1) - logits.logsumexp(-1), slope, hess
 
     def _rough(self, factor: Factor, z: Mapping[str, Tensor], differentiable: bool) -> tuple[Tensor, dict[str, Tensor], dict[Pair, Tensor]]:
         """As `_factor` for a law with kinks (Laplace), whose second derivative says nothing.

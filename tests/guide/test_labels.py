@@ -298,7 +298,8 @@ def test_parents_are_drawn_from_their_posterior(parents, dtype):
 KERNEL = """
 import hashlib
 import numpy as np
-from pavi_scale.guide.parents import Parents, descend
+from pavi_scale.guide.labels import Parents
+from pavi_scale.guide.parents import descend
 from pavi_scale.guide.sweeps import scatter, sweep
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
