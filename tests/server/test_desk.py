@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
+from pavi_scale.server.clusters import SchedulerCluster
 from pavi_scale.server.runtime import DaskEngine
+from pavi_scale.server.runtime.clusters import open_cluster
 from pavi_scale.server.runtime.desk import Desk
 from pavi_scale.server.runtime.hub import HURRY
 
@@ -84,3 +86,11 @@ def test_workers_are_looked_for_more_often_after_a_loss(scheduler, make_spec):
             assert hub._pace() == HURRY
         finally:
             del hub.machine.workers["w"]
+
+
+def test_the_patience_of_a_cluster_file_holds_in_the_fit(make_spec):
+    quiet = {"processes": False, "protocol": "tcp", "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=1, **quiet) as cluster:
+        options = SchedulerCluster(kind="scheduler", address=cluster.scheduler_address, workers=1, patience=77.0)
+        with open_cluster(options) as client, DaskEngine(client, make_spec()) as engine:
+            assert engine._hub.machine.patience == 77.0
