@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::ResourceW
 TOGETHER = max(1, (os.cpu_count() or 1) // 2)  # fits under kills at the same time, each on two workers of its own: one worker a core
 RECOVERY = 30.0  # seconds to the next answer, in 95 of 100 kills
 TARGETS = ("worker", "driver", "scheduler", "worker and driver")
-EACH = 10  # kills of one fit, at most: as many fits have fewer starts and ends that nobody disturbs
+EACH = 10  # kills of one fit, at most: few fits have few starts and ends that nobody disturbs
 GAP = 4.0  # seconds of work before the first kill of a fit, and between a recovery and the next kill, at most
-GROUPS = 800_000  # a dozen tasks a round, and longer than the kills of a fit are apart
+GROUPS = 800_000  # a dozen tasks a round, and work for longer than kills are apart
 
 
 class Farm:
@@ -107,11 +107,13 @@ class Fit:
             assert time.monotonic() < until, (self.folder / "driver.log").read_text()[-3000:]
             time.sleep(0.02)
 
+    def work(self, seconds):
+        """Let it work; whether it is still at it after that."""
+        until = time.monotonic() + seconds
+        return bool(self.wait(lambda: time.monotonic() >= until)) and self.driver.poll() is None
+
     def kill(self, target, rng):
-        """Seconds from the kill to the next answer; None if the run was over before the kill, or before it asked for another answer."""
-        until = time.monotonic() + rng.uniform(0.0, GAP)
-        if not self.wait(lambda: time.monotonic() >= until):
-            return None
+        """Seconds from the kill to the next answer; None if the run ended without another one: the kill came too late."""
         killed, resumed = time.time(), self.resumed
         self.killed += 1
         for part in target.split(" and "):
@@ -133,31 +135,42 @@ class Fit:
         self.driver.wait()
 
 
-def storm(ground, tools, seed, targets):
-    """One fit under kills of `targets` in turn; of each kill its target and the seconds to the next answer, and how often the run was resumed."""
-    rng = random.Random(f"storm {seed}")
-    fit = Fit(ground, tools, f"run-{seed}")
+def storm(ground, tools, name, targets):
+    """One fit under kills of `targets` in turn, while it works; of each kill its target and the seconds to the next answer, and how often it was resumed."""
+    rng, found = random.Random(f"storm {name}"), []
+    fit = Fit(ground, tools, f"run-{name}")
     try:
         assert fit.wait(lambda: tools.events(fit.run, "worker joined")), "the run was over before a worker joined"
-        found = [(target, fit.kill(target, rng)) for target in targets]
+        while len(found) < len(targets) and fit.work(rng.uniform(0.0, GAP)):
+            found.append((targets[len(found)], fit.kill(targets[len(found)], rng)))
         fit.wait(lambda: False)
     finally:
         fit.close()
-    assert tools.digest(fit.run) == fit.expected, f"seed {seed}, {targets}: other bits"
+    assert found, "the run was over before its first kill"
+    assert tools.digest(fit.run) == fit.expected, f"fit {name}, {targets}: other bits"
     shutil.rmtree(fit.run)
     return found, fit.resumed
 
 
+def storms(ground, tools, seed, targets):
+    """As many fits as these kills take: what is left over when one ends is for the next."""
+    found, resumes, fits = [], 0, 0
+    while len(found) < len(targets):
+        more, resumed = storm(ground, tools, f"{seed}-{fits}", targets[len(found) :])
+        found, resumes, fits = found + more, resumes + resumed, fits + 1
+    return found, resumes, fits
+
+
 def deal(kills, seed):
-    """Targets of that many kills, as many of each, shuffled and dealt to fits."""
+    """Targets of that many kills, as many of each, shuffled and dealt."""
     deck = [TARGETS[n % len(TARGETS)] for n in range(kills)]
     random.Random(f"deal {seed}").shuffle(deck)
     return [deck[n : n + EACH] for n in range(0, kills, EACH)]
 
 
-def report(found, resumes):
+def report(found, resumes, fits):
     """Print a table by target; seconds of all kills that came in time."""
-    print(f"\n{len(found)} kills, {resumes} resumes; seconds to the next answer:")
+    print(f"\n{len(found)} kills of {fits} fits, {resumes} resumes; seconds to the next answer:")
     for name in (*TARGETS, "all"):
         of = [seconds for target, seconds in found if name in (target, "all")]
         seconds = [s for s in of if s is not None]
@@ -168,7 +181,7 @@ def report(found, resumes):
 
 @pytest.mark.parametrize("hand", range(2))
 def test_a_kill_changes_no_bit(ground, tools, hand):
-    report(*storm(ground, tools, -hand, deal(2 * EACH, 0)[hand]))
+    report(*storms(ground, tools, -1 - hand, deal(2 * EACH, 0)[hand]))
 
 
 @pytest.mark.slow
@@ -181,21 +194,22 @@ def test_many_kills_change_no_bit(ground, tools, request):
     def one(seed, targets):
         mine = free.get()
         try:
-            found, resumed = storm((folder, mine, expected), tools, seed, targets)
+            found, resumes, fits = storms((folder, mine, expected), tools, seed, targets)
         finally:
             free.put(mine)
-        print(seed, resumed, ", ".join(f"{target} {'late' if seconds is None else round(seconds, 1)}" for target, seconds in found), flush=True)
-        return found, resumed
+        told = ", ".join(f"{target} {'late' if seconds is None else round(seconds, 1)}" for target, seconds in found)
+        print(f"{seed}: {fits} fits, {resumes} resumes: {told}", flush=True)
+        return found, resumes, fits
 
     farms = [farm, *(Farm(folder, tools) for _ in range(TOGETHER - 1))]
     try:
         for each in farms:
             free.put(each)
         with ThreadPoolExecutor(TOGETHER) as pool:
-            fits = list(pool.map(one, range(1, kills + 1), deal(kills, 1)))
+            done = list(pool.map(one, range(1, kills + 1), deal(kills, 1)))
     finally:
         for each in farms[1:]:
             each.close()
-    seconds = report([kill for found, _ in fits for kill in found], sum(resumed for _, resumed in fits))
+    seconds = report([kill for found, _, _ in done for kill in found], sum(resumes for _, resumes, _ in done), sum(fits for _, _, fits in done))
     assert len(seconds) > kills / 2, "most kills came after the end"
     assert np.quantile(seconds, 0.95) <= RECOVERY
