@@ -13,7 +13,7 @@ demo: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(PYTEST_ARGS)
 
-# Kills, cut networks, a real SLURM where it is installed (apt-get install slurm-wlm munge), thousands of sequences: an hour or two.
+# Kills, cut networks, a real SLURM where it is installed (apt-get install slurm-wlm munge), thousands of sequences: an hour or so.
 chaos: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and cluster" --kills 200 -s tests/cluster tests/server $(PYTEST_ARGS)
 

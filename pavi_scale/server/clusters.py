@@ -58,7 +58,7 @@ class SchedulerCluster(Strict):
         cert: File of this client's certificate.
         key: File of its key.
         workers: Workers to wait for.
-        patience: Seconds to wait for them.
+        patience: Seconds to wait for them, and for others when all are lost.
     """
 
     kind: Literal["scheduler"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ NAMED = 16  # workers up to which each has its own figure in a snapshot
 
 @dataclass(slots=True)
 class Share:
-    """One worker's account: seconds since `seen` of which `busy` on tasks; `lease` is the task it has now, since `leased`."""
+    """One worker's account: seconds since `seen` of which `busy` on tasks, `tasks` of them; `lease` is the task it has now, since `leased`."""
 
     seen: float
     busy: float = 0.0
+    tasks: int = 0
     lease: tuple[int, int] | None = None
     leased: float = 0.0
 
@@ -86,7 +88,8 @@ class Meter:
                     self._release(share, now)
 
     def _tell(self, event: str, **fields: Any) -> None:
-        self._news.append({"event": event, **fields})
+        # The time is that of the event, by the clock of the log: who writes it there comes by once a second, or later on a busy machine.
+        self._news.append({"event": event, "time": time.time(), **fields})
 
     def _assign(self, lease: Assign, now: float) -> None:
         share = self._workers.get(lease.worker)
@@ -103,6 +106,9 @@ class Meter:
         share = self._workers.get(event.worker)
         if share is not None:
             self._release(share, now)
+            share.tasks += 1
+            if share.tasks == 1:
+                self._tell("worker answered", worker=event.worker, seconds=round(now - share.seen, 3))
         since = self._lost.pop((event.round, event.index), None)
         if since is not None:
             self._tell("task recovered", round=event.round, task=event.index, worker=event.worker, seconds=round(now - since, 3))
@@ -116,7 +122,7 @@ class Meter:
             self._lost[share.lease] = now
 
     def news(self) -> list[dict[str, Any]]:
-        """What happened since the last call: workers that joined or left, lost tasks that were recovered, failed rounds."""
+        """What happened since the last call, and when: workers that joined, first answered or left, lost tasks that were recovered, failed rounds."""
         found = []
         while self._news:
             found.append(self._news.popleft())

@@ -33,9 +33,11 @@ def test_shares_lost_tasks_and_late_answers():
     assert figures["waiting_of"] == {"a": 0.5}  # of ten seconds two and three were work
     assert meter.snapshot(12.0)["tasks_per_second"] == 0.0
     news = meter.news()
-    assert [e["event"] for e in news] == ["worker joined", "worker joined", "worker left", "task recovered", "first round done"]
-    assert news[2] | {"reason": "killed", "task": 1} == news[2]
-    assert news[3]["seconds"] == 3.0
+    assert [e["event"] for e in news] == ["worker joined", "worker joined", "worker answered", "worker left", "task recovered", "first round done"]
+    assert news[2]["seconds"] == 4.0  # since it joined
+    assert news[3] | {"reason": "killed", "task": 1} == news[3]
+    assert news[4]["seconds"] == 3.0
+    assert sorted(e["time"] for e in news) == [e["time"] for e in news]
     assert meter.news() == []
 
 

@@ -17,7 +17,8 @@ from distributed.comm import connect
 from pavi_scale.errors import CohortError, InputError, NumericalError, WorkerError
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.runtime import DaskEngine
-from pavi_scale.server.runtime.wire import ask
+from pavi_scale.server.runtime.wire import ask, pack, pack_object
+from pavi_scale.server.runtime.worker import _ending, _work
 
 pytestmark = [
     pytest.mark.cluster,
@@ -111,6 +112,30 @@ def test_any_other_error_brings_its_traceback(engine, state):
         engine.round("fail", state, [{}, {"bad": True}])
     assert "task 1 of round" in str(caught.value)
     assert "in compute" in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_an_error_of_a_process_that_ends_is_not_the_task_s(make_spec, ending):
+    pushed = []
+
+    class Link:
+        def exchange(self, holds, push):
+            pushed.append(push)
+            return None if push else {"round": 1, "index": 0, "token": 1, "kind": "fail", "version": 1, "state": pack({}), "task": pack_object({"bad": True})}
+
+    assert _work(Link(), make_spec(), lambda: ending) == (0 if ending else 1)
+    assert [push and "error" in push for push in pushed] == ([None] if ending else [None, True])
+
+
+def test_a_worker_that_is_told_to_close_is_ending():
+    async def use():
+        async with Client(processes=False, asynchronous=True, dashboard_address="127.0.0.1:0", n_workers=1) as client:
+            (worker,) = client.cluster.workers.values()
+            assert not _ending(worker)
+            await worker.close()
+            assert _ending(worker)
+
+    asyncio.run(use())
 
 
 def test_a_computation_that_cannot_be_built(client, make_spec, state):

@@ -107,7 +107,8 @@ def _scheduler(options: clusters.SchedulerCluster) -> Iterator[Client]:
             "the scheduler does not answer", where=options.address, expected="a scheduler with these credentials", got=str(error),
             remedy="check that it runs, its address and certificates; then run the same command again",
         ) from error
-    with client:
+    # Not only the first worker is waited for: a killed scheduler takes all workers with it, and both are back only after a while.
+    with client, dask.config.set({"pavi-scale.patience": options.patience}):
         _wait(client, options.workers, options.patience)
         yield client
 

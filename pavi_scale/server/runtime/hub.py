@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ from pavi_scale.server.protocol import (
     WorkerLeft,
 )
 from pavi_scale.server.runtime import page
+from pavi_scale.server.runtime.desk import Desk
 from pavi_scale.server.runtime.wire import Message, pack_object, rebuild, unpack
 from pavi_scale.server.runtime.worker import Contact, worker_loop
 from pavi_scale.server.state import ServerState
@@ -46,6 +48,8 @@ from pavi_scale.server.state import ServerState
 logger = logging.getLogger(__name__)
 cloudpickle.register_pickle_by_value(page)
 Answers = list[dict[str, np.ndarray]]
+HURRY = 0.25  # seconds between looks for new workers while there is none, and for a while after one was lost
+HURRIED = 60.0  # seconds of that while
 STARTING = 6.0  # seconds that closing waits for loops that just start: a fresh worker imports the package first
 
 
@@ -90,7 +94,7 @@ class Hub:
         self.machine = ServerState(timeout=timeout, startup=startup, patience=patience)
         self.meter = Meter()
         self.address = self.page = ""
-        self._client, self._spec = client, pack_object(spec, cloudpickle.dumps)
+        self._client, self._desk, self._spec = client, Desk(client), pack_object(spec, cloudpickle.dumps)
         self._heartbeat, self._timeout = heartbeat, timeout
         self._key = secrets.token_hex(16)
         self._loops: dict[str, Future] = {}
@@ -101,6 +105,7 @@ class Hub:
         self._parked: dict[str, Parked] = {}
         self._orders: dict[int, Order] = {}  # of open rounds, by number
         self._joins = self._starts = 0
+        self._lost = -math.inf  # when a worker left
         self._closing = self._page_asked = False
         self._background: list[asyncio.Task[None]] = []
 
@@ -117,8 +122,8 @@ class Hub:
             logger.warning("The client speaks plain TCP beyond this machine, and so must %s: anybody on the way can read and change a fit", self.address)
         await self._enlist()
         self._background = [
-            asyncio.create_task(self._repeat(self._tick, self._heartbeat / 2)),
-            asyncio.create_task(self._repeat(self._enlist, self._heartbeat)),
+            asyncio.create_task(self._repeat(self._tick, lambda: self._heartbeat / 2)),
+            asyncio.create_task(self._repeat(self._enlist, self._pace)),
         ]
 
     def begin(self, kind: str, state: Message, tasks: Sequence[Message], answers: concurrent.futures.Future[Answers]) -> None:
@@ -176,6 +181,7 @@ class Hub:
         for future in self._loops.values():
             future.release()
         self._loops.clear()
+        await self._desk.close()
 
     async def _serve(self, comm: Comm) -> None:
         self._comms.add(comm)
@@ -265,6 +271,7 @@ class Hub:
             case ExpireWorker(worker=worker):
                 if worker in self._lifelines:
                     self._lifelines.pop(worker).abort()
+                self._lost = time.monotonic()
                 self._reply(worker, {"op": "rejoin"})
 
     def _assign(self, lease: Assign) -> None:
@@ -292,12 +299,13 @@ class Hub:
 
     def _forget(self, worker: str, reason: str) -> None:
         self._lifelines.pop(worker, None)
+        self._lost = time.monotonic()
         self._reply(worker, {"op": "rejoin"})
         self._handle(WorkerLeft(worker, reason))
 
-    async def _repeat(self, what: Any, seconds: float) -> None:
+    async def _repeat(self, what: Callable[[], Coroutine[Any, Any, None]], seconds: Callable[[], float]) -> None:
         while True:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(seconds())
             try:
                 await what()
             except OSError as error:  # the scheduler is away: rounds go on without it
@@ -306,15 +314,21 @@ class Hub:
     async def _tick(self) -> None:
         self._handle(Tick(expected=len(set(self._loops) - self._met)))
 
+    def _pace(self) -> float:
+        """Seconds to the next look for workers: one that takes a lost one's place should not have to wait for work."""
+        missed = not self.machine.workers or time.monotonic() - self._lost < HURRIED
+        return min(HURRY, self._heartbeat) if missed else self._heartbeat
+
     async def _enlist(self) -> None:
         """Start a loop on each worker that has none; forget the loops of workers that the scheduler lost."""
-        addresses = set(await self._client.scheduler.ncores())
+        client = await self._desk.client()
+        addresses = set(await client.scheduler.ncores())
         contact = Contact(self.address, self._key, self._heartbeat, self._timeout, 4 * self._timeout)
         for address in addresses - set(self._loops) if self.machine.broken is None else ():
             self._starts += 1
             # A new key each time: Dask would answer a known one with the old loop's result.
             key = f"pavi-loop-{self._key[:8]}-{self._starts}-{address}"
-            loop = self._client.submit(worker_loop, contact, key=key, workers=[address], allow_other_workers=False, pure=False, retries=0)
+            loop = client.submit(worker_loop, contact, key=key, workers=[address], allow_other_workers=False, pure=False, retries=0)
             self._loops[address] = loop
             loop.add_done_callback(partial(self._loop_done, address))
         for address in set(self._loops) - addresses:

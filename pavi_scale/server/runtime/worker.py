@@ -7,14 +7,14 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
-from distributed import get_worker, secede
+from distributed import Status, Worker, get_worker, secede
 from distributed.comm import Comm, connect
 
 from pavi_scale.server.answer import answer, torch_threads
@@ -212,12 +212,18 @@ def worker_loop(contact: Contact) -> int:
             try:
                 computation = spec.build()
             except Exception as error:  # the border to foreign code: the driver raises it
-                link.broken(error)
+                if not _ending(worker):
+                    link.broken(error)
                 return 0
-            return _work(link, computation)
+            return _work(link, computation, lambda: _ending(worker))
 
 
-def _work(link: Link, computation: Computation) -> int:
+def _ending(worker: Worker) -> bool:
+    """Whether the process is about to end, as it does when its scheduler is gone: threads and executors fail by then, and that is no fault of the task."""
+    return worker.status in (Status.closing, Status.closed, Status.failed)
+
+
+def _work(link: Link, computation: Computation, ending: Callable[[], bool] = lambda: False) -> int:
     state: dict[str, np.ndarray] = {}
     version, done = 0, 0
     push: Message | None = None
@@ -228,6 +234,8 @@ def _work(link: Link, computation: Computation) -> int:
         try:
             push["result"] = pack(answer(computation, order["kind"], state, unpack_object(order["task"])))
         except Exception as error:  # the border to foreign code: the driver raises it
+            if ending():  # the connection goes with the link, and the task to another worker
+                break
             push["error"] = describe(error)
         done += 1
     return done
