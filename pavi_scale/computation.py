@@ -35,7 +35,7 @@ from pavi_scale.holding import Holding, Key
 from pavi_scale.memory import release_freed_memory
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
-from pavi_scale.moments import Moments, points_of
+from pavi_scale.moments import Moments, Passed, answers_for, points_of
 from pavi_scale.noise import generator_noise, shared_noise
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.posterior.sampler import storage_dtype
@@ -69,7 +69,7 @@ class StudyComputation:
         self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
         self._holding = Holding(settings.cache_bytes)
         self._ahead = Ahead(cohort, settings.split, self._holding)
-        self._used = threading.local()
+        self._used, self._passed = threading.local(), Passed()
         self._answered = 0
         self._spent = spent(self.guide.components, graph.model)
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
@@ -364,7 +364,8 @@ class StudyComputation:
         self._ahead.after(shard)
         points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
-        moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state))
+        own, passed = answers_for(self.guide, reduced, shard), self._passed.of(state)
+        moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state), own, passed)
         limits = points_of(self.guide, reduced, shard, task.get("limits", {}), len(points))
         moments.over(points, lambda some: self.space.values(torch.tensor(some, dtype=self.dtype)), limits, size)
         written: dict[str, tuple[np.ndarray, np.ndarray]] = {}

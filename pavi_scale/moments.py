@@ -13,8 +13,8 @@ from pavi_scale.device import array
 from pavi_scale.elbo import Weights, correctors
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.arrow import Arrow
-from pavi_scale.guide.blocks import Block, labelled
-from pavi_scale.guide.curvature import LocalModel
+from pavi_scale.guide.blocks import Block, Component, labelled, lies_below
+from pavi_scale.guide.curvature import Expansion, LocalModel
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.labels import LabelledCore
 from pavi_scale.guide.local import Candidates, Core, candidates, fit_core
@@ -47,7 +47,8 @@ def marginal_moments(core: Core) -> dict[str, tuple[Tensor, Tensor]]:
     for k in range(len(next(iter(core.mode.values())))):  # one root point at a time: whole covariances take room
         covariance: dict[str, Tensor] = {}
         for block in component.blocks:
-            own = torch.cholesky_inverse(_at(gaussian.factor[block.name], k))
+            factor = _at(gaussian.factor[block.name], k)
+            own = factor**-2.0 if factor.shape[-1] == 1 else torch.cholesky_inverse(factor)
             for above in component.couplings[block.name]:
                 index, gain = gaussian.index[block.name, above], _at(gaussian.gain[block.name, above], k)
                 parent = covariance[above] if index is None else covariance[above].index_select(0, index)
@@ -60,6 +61,27 @@ def marginal_moments(core: Core) -> dict[str, tuple[Tensor, Tensor]]:
 def _at(x: Tensor, k: int) -> Tensor:
     """That of root point k, or of all."""
     return x[min(k, len(x) - 1)]
+
+
+Cores = dict[tuple[str, bytes], tuple[dict[str, Tensor], Expansion]]  # (component, root points) -> its core's mode and expansion
+PASSED = 1 << 22  # coordinates x root points of a core that is kept at most
+
+
+class Passed:
+    """Cores of components that shards draw but do not answer for: found by the first shard of a round, the same for all.
+
+    Only of components no law of which lies below the plate that shards divide.
+    """
+
+    def __init__(self) -> None:
+        self._state: object = None
+        self._cores: Cores = {}
+
+    def of(self, state: object) -> Cores:
+        """Those found at a state so far."""
+        if state is not self._state:
+            self._state, self._cores = state, {}
+        return self._cores
 
 
 MOST_CANDIDATES = 32  # per root point: hundreds of root points are averaged over
@@ -78,9 +100,16 @@ class Moments:
         noise: Standard normals.
         repeats: Local draws per root point, where draws are needed.
         most: Most candidates per draw.
+        own: Components whose moments are wanted; the others are only drawn for those. None for all.
+        passed: Where cores of the others are kept (`Passed`).
     """
 
-    def __init__(self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int = MOST_CANDIDATES) -> None:
+    def __init__(
+        self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int = MOST_CANDIDATES,
+        own: Collection[str] | None = None, passed: Cores | None = None,
+    ) -> None:
+        self.own = {c.name for c in guide.components} if own is None else set(own)
+        self.passed = {} if passed is None else passed
         self.guide, self.reduced, self.weights, self.noise, self.repeats, self.most = guide, reduced, weights, noise, repeats, min(most, MOST_CANDIDATES)
         self.corrections = correctors(weights, reduced)
         self.first: dict[str, Tensor] = {}
@@ -103,18 +132,28 @@ class Moments:
             while start < max(limits.values(), default=0):
                 going = {name: stop for name, stop in limits.items() if stop > start}
                 part = points[start : min(start + size, *going.values())]
-                self.add(root(part), len(part), going)
+                self.add(root(part), len(part), going, part.tobytes())
                 start += len(part)
 
-    def add(self, root: Mapping[str, Value], particles: int, only: Collection[str] | None = None) -> None:
-        """Account for K root points, for the components named `only` (an earlier one that they need must be among them), by default for all."""
+    def add(self, root: Mapping[str, Value], particles: int, only: Collection[str] | None = None, at: bytes = b"") -> None:
+        """Account for K root points.
+
+        Args:
+            root: Values of the root variables.
+            particles: K.
+            only: Components to look at (an earlier one that they need must be among them), by default all.
+            at: What tells these points from others.
+        """
         values: dict[str, Value] = dict(root)
         for component in self.guide.components:
             if only is not None and component.name not in only:
                 continue
+            local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
+            if component.name not in self.own:
+                self._pass_on(local, values, at)
+                continue
             for latent in (n for b in component.blocks for n in b.latents):
                 self.count[latent] = self.count.get(latent, 0) + particles
-            local = LocalModel(component, self.reduced, values, self.weights.sites, particles)
             data = labelled(component, self.guide.graph) if self.reduced.dtype == torch.float32 else None
             if data is not None:
                 labels = LabelledCore(local, data, "moments")
@@ -140,6 +179,17 @@ class Moments:
                         self._accumulate(latent, particles, local.split(block, latent, loc), local.split(block, latent, variance))
                 else:
                     self._accumulate_draws(block, particles, times, found)
+
+    def _pass_on(self, local: LocalModel, values: dict[str, Value], at: bytes) -> None:
+        """Draw a component for those that need it."""
+        component, key = local.component, (local.component.name, at)
+        known = self.passed.get(key)
+        core = fit_core(local, differentiable=False) if known is None else Core(local, *known)
+        if known is None and sum(z.numel() for z in core.mode.values()) <= PASSED:
+            self.passed[key] = core.mode, core.expansion
+        times = min(component.candidates, self.most) if component.resampled else 1
+        found = candidates(core, self.noise, times, self.corrections).sample.values
+        values.update({n: Value(found[n].theta[::times], found[n].plates) for b in component.blocks for n in b.latents})
 
     def _accumulate_draws(self, block: Block, particles: int, times: int, found: Candidates) -> None:
         """Account for weighted candidates: mean and variance over each root point's own."""
@@ -199,3 +249,14 @@ def points_of(guide: Guide, reduced: Reduced, shard: Shard, asked: Mapping[str, 
     here = {c.name: guide.counted(reduced, c.blocks[-1].plates, shard.plate, shard.first) for c in guide.components}
     needed = max((min(most, asked.get(n, most)) for n, own in here.items() if own), default=0)
     return {n: min(most, asked.get(n, most)) if own else needed for n, own in here.items()}
+
+
+def answers_for(guide: Guide, reduced: Reduced, shard: Shard) -> set[str]:
+    """Components whose moments a shard answers for; beside those no law of which lies below the split plate, the others of later shards, too."""
+    model, split = guide.graph.model, shard.plate
+
+    def below(component: Component) -> bool:
+        laws = (model.variables[f.variable] for f in component.factors)
+        return split is not None and any(lies_below(model.plates, v.plates, (split,)) for v in laws)
+
+    return {c.name for c in guide.components if guide.counted(reduced, c.blocks[-1].plates, split, shard.first) or below(c)}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 else:  # the compiler of the loops is not imported for models that have no labels
     special, drawing, sweeps = Later("scipy.special"), Later("pavi_scale.guide.parents"), Later("pavi_scale.guide.sweeps")
 
-SLAB = 1 << 22  # values of the data, times particles, looked at together
+SLAB = 1 << 23  # values of the data, times particles, looked at together
 SWEEPS = 20
 FIRST_STEPS, STEPS, DRAW_STEPS = 3, 2, 3  # Newton steps of each leaf in the first sweep, in the others, and for a draw
 LEAST = 0.95  # precision of a parent unit, in units of its prior's: a few leaves with two modes would make it less, or nothing

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from pavi_scale.errors import WorkerError
 from pavi_scale.server.protocol import Computation
@@ -82,3 +83,13 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def blas_threads(count: int | None) -> Iterator[None]:
+    """Run the body with NumPy's linear algebra on `count` threads (None: as it is) in all of the process; the former count comes back afterwards.
+
+    Its products are small here, and its idle threads turn round and round waiting for the next: a quarter of the processor, taken from those who compute.
+    """
+    with threadpool_limits(limits=count, user_api="blas"):
+        yield

@@ -23,6 +23,7 @@ from pipelines.bench.meter import Found, Job, timing
 from pipelines.hcp import model
 
 SHARE, ROUNDS = "10%", 3
+IMPORTED = ("pipelines.hcp", "pavi_scale.spec", "pavi_scale.searching", "pavi_scale.distances", "pavi_scale.guide.sweeps", "xarray", "scipy.special")
 # (workers, whether they have imported the package before the clock starts, as this process has)
 WAYS: tuple[tuple[int, bool], ...] = ((0, True), (1, True), (2, True), (1, False), (2, False))
 
@@ -38,6 +39,8 @@ def digest(run: Path) -> str:
 def one(cohort: str, run: Path, workers: int, ready: bool) -> dict[str, Any]:
     """One fit in this process or on a fresh cluster of so many workers."""
     torch.set_num_threads(1)
+    for name in ("pavi_scale.fitting", *IMPORTED):
+        importlib.import_module(name)
     importlib.import_module("pavi_scale.study").MOST_LANES = 1  # no option of a fit: one lane is slower wherever there are two cores
     row: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
@@ -48,7 +51,7 @@ def one(cohort: str, run: Path, workers: int, ready: bool) -> dict[str, Any]:
             client = stack.enter_context(Client(cluster))
             client.wait_for_workers(workers, timeout=120)
             if ready:
-                for name in ("pipelines.hcp", "pavi_scale.spec"):
+                for name in IMPORTED:
                     client.run(importlib.import_module, name)
         with timing(row, "seconds"):
             row["status"] = ps.fit(model, cohort, run=run, seed=0, client=client, progress=False).status
