@@ -310,7 +310,12 @@ class StudyComputation:
         return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
 
     def task_fetch(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Read shards into what is kept, up to `task["room"]` bytes: later rounds find them there, and say what cannot be read."""
+        """Read shards into what is kept, up to `task["room"]` bytes: later rounds find them there, and say what cannot be read.
+
+        Where there is no such room, the operating system is asked to have them at hand, in this process's `task["share"]` of the memory nobody uses.
+        """
+        if task["room"] <= 0:
+            self._ahead.idle(task["pieces"], float(task["share"]))
         with contextlib.suppress(CohortError):
             for piece in task["pieces"] if self._holding.nbytes < task["room"] else ():
                 self._piece(piece, False, state)[0].load()

@@ -27,7 +27,8 @@ def begin(rows: Rows) -> tuple[Sites, np.ndarray]:
     """First sites and root of a study's free rows.
 
     A large cohort is searched in miniature, and followed from the root found there. Meanwhile shards are read that will be kept beside the growing
-    selections, most likely by who is asked for them: some while the miniature is made, the others once its starts have been followed.
+    selections, most likely by who is asked for them: some while the miniature is made, the others once its starts have been followed. Of a cohort that
+    leaves no such room, the operating system fetches what the first pass begins with.
     """
     trainer = rows.trainer
     study, engine, settings = trainer.study, trainer.engine, trainer.study.settings
@@ -35,7 +36,7 @@ def begin(rows: Rows) -> tuple[Sites, np.ndarray]:
     if units is None:
         return rows.search()
     room = settings.cache_bytes - study.cohort.nbytes / (GROWTH - 1) / engine.processes
-    ahead = [{"pieces": pieces, "room": room} for pieces in rows.parts(rows.pieces(rows.count))] if room > 0 else []
+    ahead = [{"pieces": pieces, "room": room, "share": 1 / engine.processes} for pieces in rows.parts(rows.pieces(rows.count))]
     together = engine.processes > 1  # one has enough to read while the driver searches
     at_once = FIRST * engine.processes if together else len(ahead)
     engine.submit("fetch", {}, ahead[:at_once])

@@ -298,8 +298,13 @@ class ZarrReader:
             touched *= c * (len(np.unique(i // c)) if isinstance(i, np.ndarray) else -(-high // c) - low // c if high > low else 0)
         return touched * self.dtype.itemsize
 
-    def will_need(self, index: Sequence[Index]) -> None:
-        """Have the operating system fetch the chunks of a selection into its cache, and return at once; does nothing for stores that are no local folder."""
+    def will_need(self, index: Sequence[Index], aside: bool = True) -> None:
+        """Have the operating system fetch the chunks of a selection into its cache; does nothing for stores that are no local folder.
+
+        Args:
+            index: The selection.
+            aside: Whether to return at once, or when the disk has been asked for all: it takes so many requests at a time.
+        """
         if not isinstance(self.array.store, LocalStore) or not hasattr(os, "posix_fadvise"):
             return
         at: list[np.ndarray] = [np.zeros(0)] * len(self.order)
@@ -309,7 +314,11 @@ class ZarrReader:
         if math.prod(len(a) for a in at) > MOST_AHEAD:
             return
         keys = [self.array.metadata.encode_chunk_key(tuple(map(int, place))) for place in itertools.product(*at)]
-        threading.Thread(target=_fetch, args=([Path(self.array.store.root, self.array.path, key) for key in keys],), name="pavi-ahead", daemon=True).start()
+        files = [Path(self.array.store.root, self.array.path, key) for key in keys]
+        if aside:
+            threading.Thread(target=_fetch, args=(files,), name="pavi-ahead", daemon=True).start()
+        else:
+            _fetch(files)
 
     def absent(self) -> Iterator[Block]:
         """Blocks that the store lacks."""

@@ -1,0 +1,84 @@
+"""What is fetched ahead: in order, within its share of memory, and only while nothing is computed."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pavi_scale import ahead
+from pavi_scale.ahead import CACHED, LARGE, Ahead
+from pavi_scale.holding import Holding
+from pavi_scale.plates import Layout, Plate
+
+UNITS = 100
+PIECES = [("vertex", start, start + 10, start == 0) for start in range(0, UNITS, 10)]
+
+
+class Disk:
+    """A cohort of `LARGE` bytes that notes what it is asked to fetch, and may be made to wait."""
+
+    def __init__(self):
+        plates = {"vertex": Plate("vertex")}
+        self.layout, self.nbytes, self.asked = Layout(plates, {"vertex": UNITS}, {}), LARGE, []
+        self.going, self.begun = threading.Event(), threading.Event()
+        self.going.set()
+
+    def will_need(self, units, aside=True):
+        self.begun.set()
+        assert self.going.wait(10)
+        self.asked.append((int(units["vertex"][0]), aside))
+
+
+@pytest.fixture
+def disk():
+    return Disk()
+
+
+def available(monkeypatch, size):
+    monkeypatch.setattr(ahead.psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+
+
+def ended(made):
+    made._fetcher.join(10)
+    assert not made._fetcher.is_alive()
+
+
+def test_a_pass_beginning_is_fetched_in_order_up_to_the_share(disk, monkeypatch):
+    available(monkeypatch, LARGE)
+    made = Ahead(disk, "vertex", Holding(0))
+    for some in (PIECES[:5], PIECES[5:]):  # two tasks
+        made.idle(some, 1.0)
+    ended(made)
+    assert disk.asked == [(10 * i, False) for i in range(int(10 * CACHED))]
+
+
+def test_workers_of_one_machine_share_its_memory(disk, monkeypatch):
+    available(monkeypatch, 2 * LARGE)
+    made = Ahead(disk, "vertex", Holding(0))
+    made.idle(PIECES, 0.25)
+    ended(made)
+    assert len(disk.asked) == int(10 * CACHED * 2 * 0.25)
+
+
+def test_what_is_computed_has_the_disk_for_itself(disk, monkeypatch):
+    available(monkeypatch, 100 * LARGE)
+    disk.going.clear()
+    made = Ahead(disk, "vertex", Holding(0))
+    made.idle(PIECES, 1.0)
+    assert disk.begun.wait(10)
+    pieces = made.each([np.arange(3)])
+    next(pieces)  # a task begins
+    disk.going.set()
+    ended(made)
+    assert disk.asked == [(0, False)]
+    made.idle(PIECES, 1.0)  # too late
+    assert disk.asked == [(0, False)]
+
+
+def test_small_cohorts_are_left_alone(disk, monkeypatch):
+    available(monkeypatch, 100 * LARGE)
+    disk.nbytes = LARGE - 1
+    made = Ahead(disk, "vertex", Holding(0))
+    made.idle(PIECES, 1.0)
+    assert made._fetcher is None
