@@ -84,21 +84,27 @@ class IsotropicNormalMixture(Distribution):
     def evidence(self, value: Tensor) -> Tensor:
         """Log-density of `value` `[..., D]` under each component, `[..., K]`: log N(x; m_k, s^2 I).
 
-        In single precision on the processor by compiled loops (`distances`). Elsewhere differences between components are as exact as in `log_prob`;
-        what they share is to single rounding of |x|^2, and no copy of x is made.
+        In single precision on the processor by compiled loops (`distances`), elsewhere by a matrix product (`products`).
         """
-        precision = self.scale**-2
-        constant = value.shape[-1] * (self.scale.log() + 0.5 * math.log(2.0 * math.pi))
-        if self.loc.ndim == 2 and {value.dtype, self.loc.dtype} == {torch.float32} and {value.device.type, self.loc.device.type} == {"cpu"}:
-            apart = distances.squares(value, self.loc)
-            return -0.5 * precision.unsqueeze(-1) * apart - constant.unsqueeze(-1)
+        if self.loc.ndim != 2 or {value.dtype, self.loc.dtype} != {torch.float32} or {value.device.type, self.loc.device.type} != {"cpu"}:
+            return self.products(value)
+        precision, constant = self._constants(value)
+        return -0.5 * precision.unsqueeze(-1) * distances.squares(value, self.loc) - constant.unsqueeze(-1)
+
+    def products(self, value: Tensor) -> Tensor:
+        """`evidence` by a matrix product: differences between components as exact as in `log_prob`, what they share to single rounding of |x|^2."""
         centre = self.loc.detach().mean(-2)
         m = self.loc - centre.unsqueeze(-2)
         rows = torch.cat([m, centre.unsqueeze(-2)], -2)
         product = (value.unsqueeze(-2) @ rows.mT).squeeze(-2)
         apart = product[..., :-1] - (centre.unsqueeze(-2) * m).sum(-1) - 0.5 * m.square().sum(-1)
         off = torch.linalg.vector_norm(value, dim=-1).square() - 2 * product[..., -1] + centre.square().sum(-1)
+        precision, constant = self._constants(value)
         return precision.unsqueeze(-1) * apart - (0.5 * precision * off + constant).unsqueeze(-1)
+
+    def _constants(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """1 / s^2, and D log(s sqrt(2 pi))."""
+        return self.scale**-2, value.shape[-1] * (self.scale.log() + 0.5 * math.log(2.0 * math.pi))
 
     def responsibilities(self, value: Tensor) -> Tensor:
         """Posterior probability of each component given `value` `[..., D]`, `[..., K]`."""
