@@ -183,9 +183,11 @@ class Moments:
     def _pass_on(self, local: LocalModel, values: dict[str, Value], at: bytes) -> None:
         """Draw a component for those that need it."""
         component, key = local.component, (local.component.name, at)
-        known = self.passed.get(key)
+        # What hangs on a draw of an earlier component is this shard's alone.
+        keep = rests_on_root(self.guide, component)
+        known = self.passed.get(key) if keep else None
         core = fit_core(local, differentiable=False) if known is None else Core(local, *known)
-        if known is None and sum(z.numel() for z in core.mode.values()) <= PASSED:
+        if keep and known is None and sum(z.numel() for z in core.mode.values()) <= PASSED:
             self.passed[key] = core.mode, core.expansion
         times = min(component.candidates, self.most) if component.resampled else 1
         found = candidates(core, self.noise, times, self.corrections).sample.values
@@ -260,3 +262,10 @@ def answers_for(guide: Guide, reduced: Reduced, shard: Shard) -> set[str]:
         return split is not None and any(lies_below(model.plates, v.plates, (split,)) for v in laws)
 
     return {c.name for c in guide.components if guide.counted(reduced, c.blocks[-1].plates, split, shard.first) or below(c)}
+
+
+def rests_on_root(guide: Guide, component: Component) -> bool:
+    """Whether no law of a component reads latents of another one: its core is then the same in all shards, given the root."""
+    variables, own = guide.graph.model.variables, {n for b in component.blocks for n in b.latents}
+    parents = {p for f in component.factors for p in variables[f.variable].parents}
+    return not any(variables[p].kind == "latent" and variables[p].plates for p in parents - own)
