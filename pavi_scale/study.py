@@ -36,6 +36,7 @@ CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is pic
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
 LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
+ENOUGH = 64  # units of a plate that is computed whole, to tell the structure of what hangs on it
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
@@ -210,9 +211,11 @@ def check_supports(graph: Graph, cohort: Cohort) -> None:
 
 
 def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Reduced:
-    """A reduced model of the first few units of each splittable plate."""
-    tops = splittable(graph.model, guide.components)
-    selection = closure(cohort.layout, {p: np.arange(min(units, cohort.layout.cardinality[p])) for p in tops})
+    """A reduced model of the first few units of each splittable plate, and some more of others that hold no plate."""
+    tops, plates, cardinality = splittable(graph.model, guide.components), graph.model.plates, cohort.layout.cardinality
+    simple = [p for p, plate in plates.items() if not plate.within and not any(p in other.within for other in plates.values())]
+    chosen = {p: units if p in tops else ENOUGH for p in (*simple, *tops)}
+    selection = closure(cohort.layout, {p: np.arange(min(n, cardinality[p])) for p, n in chosen.items()})
     names = [v.name for v in graph.model.of_kind("observed", "covariate")]
     return Reduced(graph, selection, Reading(graph, selection, names, cohort))
 
