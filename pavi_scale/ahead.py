@@ -64,12 +64,12 @@ class Ahead:
                 return
             self._fetch(piece, aside=False)
 
-    def each(self, pieces: Sequence[Any]) -> Iterator[Any]:
-        """The pieces in their order; of each the next one is asked for first."""
+    def each(self, pieces: Sequence[Any], then: Any = None) -> Iterator[Any]:
+        """The pieces in their order; of each the next one is asked for first, and with the last one what is likely to be looked at `then`."""
         self._busy = True  # the disk is for what is asked of it now
-        for number, piece in enumerate(pieces):
-            if number + 1 < len(pieces):
-                self._fetch(pieces[number + 1])
+        for piece, following in zip(pieces, [*pieces[1:], then], strict=True):
+            if following is not None:
+                self._fetch(following)
             yield piece
 
     def after(self, shard: Shard) -> None:

@@ -69,8 +69,7 @@ class StudyComputation:
         self.guide = Guide(graph, frozenset(frozenset(f) for f in settings.free), settings.structure)
         self._holding = Holding(settings.cache_bytes)
         self._ahead = Ahead(cohort, settings.split, self._holding)
-        self._used, self._passed = threading.local(), Passed()
-        self._answered = 0
+        self._used, self._passed, self._answered = threading.local(), Passed(), 0
         self._spent = spent(self.guide.components, graph.model)
         plateless = [v for v in graph.model.of_kind("observed", "covariate") if not v.plates]
         data = {v.name: torch.as_tensor(np.asarray(cohort.read(v.name, {}))) for v in plateless}
@@ -306,7 +305,8 @@ class StudyComputation:
 
     def task_score(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """What the data say of root and free blocks (`scores.gather`), summed over shards or arrays of units of the split plate."""
-        pieces = (self._piece(piece, bool(task["first"]) and number == 0, state) for number, piece in enumerate(self._ahead.each(task["pieces"])))
+        each = enumerate(self._ahead.each(task["pieces"], task["then"]))
+        pieces = (self._piece(piece, bool(task["first"]) and number == 0, state) for number, piece in each)
         return gather(self.guide, self.space, self.settings.split, state, pieces, flat_positions, bool(task["apart"]), int(task["seed"]))
 
     def task_fetch(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:

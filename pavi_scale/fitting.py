@@ -31,7 +31,7 @@ from pavi_scale.recording import encoding_from, encoding_record, find_model, rea
 from pavi_scale.rows import Rows
 from pavi_scale.run import OWN_DIRECTORIES, Run, local_path
 from pavi_scale.searching import begin
-from pavi_scale.server.answer import blas_threads
+from pavi_scale.server.answer import blas_threads, taking_turns
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.runtime import Client, DaskEngine
@@ -198,7 +198,7 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     computation = StudyComputation(study.graph, study.cohort, study.settings)
     try:
         with (
-            blas_threads(study.settings.threads), terminable(), Progress(progress) as shown,
+            blas_threads(study.settings.threads), taking_turns(), terminable(), Progress(progress) as shown,
             Watch(run, shown, getattr(engine, "meter", None), getattr(engine, "publish", None)) as bar,
         ):  # fmt: skip
             state, facts = train(run, study, computation, engine, config, (began, deadline), bar)

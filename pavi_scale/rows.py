@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from pavi_scale.marginal import refit, whitening
 from pavi_scale.miniature import first_selection
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
-from pavi_scale.scores import Scores
+from pavi_scale.scores import Scores, whole
 from pavi_scale.server.answer import torch_threads
 from pavi_scale.sites import Centre, Residual, Sites, refreshed, residual, updated
 from pavi_scale.starts import start_points
@@ -253,14 +254,16 @@ class Rows:
     def ask(self, size: int, centre: Centre, step: int, spread: float, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One round of scores, summed in the order of its tasks."""
         parts, apart = self.parts(self.pieces(size)), 1 < len(self.upper.told) <= APART and not more
+        ahead = [part[0] for part in parts[self.trainer.engine.parallelism :]]  # who ends a task takes the one that nobody has begun
         tasks = [
-            {"pieces": pieces, "first": i == 0, "apart": apart, "seed": stream(self.trainer.seed, "score", step, i * len(parts[0])) % 2**62}
-            for i, pieces in enumerate(parts)
+            {"pieces": pieces, "then": then, "first": i == 0, "apart": apart, "seed": stream(self.trainer.seed, "score", step, i * len(parts[0])) % 2**62}
+            for i, (pieces, then) in enumerate(zip_longest(parts, ahead))
         ]
         state = {f"centre/{b}": x for b, x in centre.loc.items()} | {f"spread/{b}": spread * x for b, x in centre.sd.items()}
         state |= {**self.starts, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}
         answers = self.trainer.engine.round("score", state, tasks)
-        total = {key: np.asarray(sum(a[key] for a in answers)) for key in answers[0]}
+        counts = {b.name: math.prod(self.trainer.study.layout.cardinality[p] for p in b.plates) for b in self.trainer.study.guide.blocks}
+        total = {key: whole(answers, key, counts.get(key.partition("/")[2], 0)) for key in answers[0] if not key.startswith("at/")}
         for key in [k for k in total if k.startswith("start/")]:
             modes, seen = total.pop(key), total.pop(key.replace("start/", "seen/"))
             average = (modes.sum(0) / np.maximum(seen.sum(0), 1.0)) * np.ones_like(modes)  # where none looked yet

@@ -215,9 +215,10 @@ def gather(
     guide: Guide, space: RootSpace, split: str | None, state: Mapping[str, np.ndarray], pieces: Iterable[tuple[Reduced, bool]],
     positions: Callable[[Layout, Selection, Block], np.ndarray], apart: bool, seed: int,
 ) -> dict[str, np.ndarray]:
-    """Scores at `centre/*`, `spread/*` of a state, summed over pieces: `value`, `root`, `root_curvature`, and `score/*`, `curvature/*` as whole tables.
+    """Scores at `centre/*`, `spread/*` of a state, summed over pieces: `value`, `root`, `root_curvature`, and `score/*`, `curvature/*` of the rows looked at.
 
-    With `towards/*` in the state, `along/*` only. `start/*` are the modes of coarse blocks below, where they were found, `seen/*` how often.
+    With `towards/*` in the state, `along/*` only. `start/*` are the modes of coarse blocks below, where they were found, `seen/*` how often. `at/<block>` are
+    the rows of its tables that are returned, if not all (`whole`).
 
     Args:
         guide: The guide.
@@ -231,6 +232,7 @@ def gather(
     """
     blocks = [b for b in guide.blocks if b.free]
     sums: dict[str, np.ndarray] = {}
+    looked: dict[str, list[np.ndarray]] = {}
     for number, (reduced, first) in enumerate(pieces):
         rows = {b.name: positions(reduced.selection.layout, reduced.selection, b) for b in blocks}
         towards = {n: state[f"towards/{n}"][r] for n, r in rows.items()} | {"root": state["towards/root"]} if "towards/root" in state else None
@@ -251,9 +253,26 @@ def gather(
                 sums[f"{kind}/{name}"][rows[name]] += table
         for block in guide.blocks:
             if block.name in reduced.starts:
-                units = positions(reduced.selection.layout, reduced.selection, block)
-                for key, found_there in ((f"start/{block.name}", doubles(reduced.starts[block.name])), (f"seen/{block.name}", 1.0)):
+                rows[block.name] = positions(reduced.selection.layout, reduced.selection, block)
+                for key, found_there in ((f"start/{block.name}", doubles(reduced.starts[block.name])), (f"seen/{block.name}", np.ones((1, 1)))):
                     if key not in sums:
-                        sums[key] = np.zeros((math.prod(reduced.selection.layout.cardinality[p] for p in block.plates), block.dim))
-                    sums[key][units] += found_there
+                        sums[key] = np.zeros((math.prod(reduced.selection.layout.cardinality[p] for p in block.plates), found_there.shape[1]))
+                    sums[key][rows[block.name]] += found_there
+        for name, units in rows.items():
+            looked.setdefault(name, []).append(units)
+    for name, units_of in looked.items():
+        mine = np.unique(np.concatenate(units_of))
+        for key in [k for k in sums if k.partition("/")[2] == name and len(mine) < len(sums[k])]:
+            sums[key], sums[f"at/{name}"] = sums[key][mine], mine
     return sums
+
+
+def whole(answers: Sequence[Mapping[str, np.ndarray]], key: str, count: int) -> np.ndarray:
+    """The sum of answers of `gather` in their order: an array, or a table of `count` rows from those returned."""
+    at = f"at/{key.partition('/')[2]}"
+    if not any(at in answer for answer in answers):
+        return np.asarray(sum(answer[key] for answer in answers))
+    total = np.zeros((count, *answers[0][key].shape[1:]))
+    for answer in answers:
+        total[answer[at] if at in answer else slice(None)] += answer[key]
+    return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +43,10 @@ def begin(rows: Rows) -> tuple[Sites, np.ndarray]:
     small = miniature(study, units)
 
     def follow(starts: np.ndarray) -> list[Found]:
-        asked = send(engine, small, rows.draws, trainer.seed, starts)
+        asked, left = send(engine, small, rows.draws, trainer.seed, starts)
         engine.submit("fetch", {}, ahead[at_once:])
-        return received(asked, trainer)
+        mine = [followed(small, starts, rows.draws, left, trainer.seed)] if left else []  # the driver would only wait
+        return received([*asked.result(), *mine], trainer)
 
     with LocalEngine(Ready(small)) as here:
         there = Rows(replace(trainer, study=small, engine=here), least=1, prior=rows.draws)  # nobody shares its rounds
@@ -58,8 +59,8 @@ def begin(rows: Rows) -> tuple[Sites, np.ndarray]:
     return sites, root
 
 
-def send(engine: Engine, small: StudyComputation, prior: np.ndarray, seed: int, starts: np.ndarray) -> Asked:
-    """Ask for the starts to be followed: some each for as many workers as there are.
+def send(engine: Engine, small: StudyComputation, prior: np.ndarray, seed: int, starts: np.ndarray) -> tuple[Asked, list[int]]:
+    """Ask for the starts to be followed: some each for as many workers as there are, and some left for who asks.
 
     Args:
         engine: Whose computations are of the study that `small` is a part of.
@@ -67,16 +68,20 @@ def send(engine: Engine, small: StudyComputation, prior: np.ndarray, seed: int, 
         prior: Draws of the root's prior, `[N, R]`.
         seed: Seed of the fit.
         starts: Root points, `[K, R]`.
+
+    Returns:
+        What was asked, and the numbers of the starts that were not.
     """
-    cohort, each = small.cohort.spec(), min(len(starts), engine.processes)
-    tasks = [{"cohort": cohort, "starts": list(range(first, len(starts), each)), "seed": seed} for first in range(each)]
-    return engine.submit("search", {"points": starts, "prior": prior}, tasks)
+    cohort, each = small.cohort.spec(), min(len(starts), engine.processes + 1)
+    shares = [list(range(first, len(starts), each)) for first in range(each)]
+    left = shares.pop() if each > engine.processes else []
+    return engine.submit("search", {"points": starts, "prior": prior}, [{"cohort": cohort, "starts": share, "seed": seed} for share in shares]), left
 
 
-def received(asked: Asked, trainer: Trainer) -> list[Found]:
+def received(answers: Sequence[Mapping[str, np.ndarray]], trainer: Trainer) -> list[Found]:
     """What was found from each start that led anywhere, in their order; told to the trainer as if it had been found here."""
     arrays: dict[int, dict[str, np.ndarray]] = {}
-    for key, value in (item for answer in asked.result() for item in answer.items()):
+    for key, value in (item for answer in answers for item in answer.items()):
         number, _, name = key.partition("/")
         arrays.setdefault(int(number), {})[name] = value
     out = []
@@ -93,15 +98,20 @@ def search(study: StudyComputation, state: Mapping[str, np.ndarray], task: Mappi
     """Answer one task: follow `task["starts"]` of the points `state["points"]` on the cohort `task["cohort"]`, on the processor."""
     cohort = task["cohort"].open(study.graph.model)
     small = StudyComputation(make_graph(cohort), cohort, study.settings)
+    return followed(small, state["points"], state["prior"], task["starts"], int(task["seed"]))
+
+
+def followed(small: StudyComputation, points: np.ndarray, prior: np.ndarray, starts: Sequence[int], seed: int) -> dict[str, np.ndarray]:
+    """What some of the points lead to on a miniature, as named arrays `<start>/<name>`."""
     out: dict[str, np.ndarray] = {}
     with LocalEngine(Ready(small)) as engine:
-        trainer = Trainer(small, engine, int(task["seed"]), math.inf, lambda *_: None)
-        rows = Rows(trainer, least=1, prior=state["prior"])
-        for i in task["starts"]:
+        trainer = Trainer(small, engine, seed, math.inf, lambda *_: None)
+        rows = Rows(trainer, least=1, prior=prior)
+        for i in starts:
             seen, skipped = len(trainer.trace), trainer.skips.total
             mine = {}
             with contextlib.suppress(NumericalError):  # not each start leads somewhere: the driver says so if none does
-                mine = packed(rows.follow_each(state["points"][i : i + 1], first=int(i))[0])
+                mine = packed(rows.follow_each(points[i : i + 1], first=int(i))[0])
             mine |= {"trace": np.asarray([value for _, value in trainer.trace[seen:]], dtype=np.float64), "skipped": np.asarray(trainer.skips.total - skipped)}
             out |= {f"{i}/{key}": value for key, value in mine.items()}
     return out

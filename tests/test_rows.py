@@ -291,11 +291,17 @@ def test_a_start_that_leads_nowhere_is_left_out(tmp_path, monkeypatch):
         rows = Rows(told, least=1)
         starts = start_points(computation, rows.draws, 5)[:2]
         here = rows.follow_each(starts)
-        there = searching.received(searching.send(engine, computation, rows.draws, 5, starts), told)
+
+        def asked():
+            answers, left = searching.send(engine, computation, rows.draws, 5, starts)
+            assert left == []  # two workers, two starts
+            return searching.received(answers.result(), told)
+
+        there = asked()
         assert len(here) == len(there) == 1
         assert here[0].value == there[0].value
         bad.add(2000)
-        assert searching.received(searching.send(engine, computation, rows.draws, 5, starts), told) == []
+        assert asked() == []
         with pytest.raises(NumericalError):
             rows.search(lambda starts: [])
 

@@ -17,7 +17,7 @@ import numpy as np
 from distributed import Status, Worker, get_worker, secede
 from distributed.comm import Comm, connect
 
-from pavi_scale.server.answer import answer, blas_threads, torch_threads
+from pavi_scale.server.answer import answer, blas_threads, taking_turns, torch_threads
 from pavi_scale.server.protocol import Computation, Spec
 from pavi_scale.server.runtime.wire import Message, ask, describe, pack, unpack, unpack_object
 
@@ -209,7 +209,7 @@ def worker_loop(contact: Contact) -> int:
         if spec is None:
             return 0
         threads = getattr(spec, "threads", None)
-        with torch_threads(threads), blas_threads(threads):
+        with torch_threads(threads), blas_threads(threads), taking_turns():
             try:
                 computation = spec.build()
             except Exception as error:  # the border to foreign code: the driver raises it
