@@ -36,38 +36,67 @@ class Ahead:
         self._cohort, self._split, self._holding = cohort, split, holding
         self._worth = split is not None and cohort.nbytes >= LARGE
         self._waiting: deque[Any] = deque()
+        self._fetched: dict[Key, float] = {}  # bytes of what has been fetched and not been looked at
+        self._taken: set[Key] = set()
+        self._turn, self._busy = threading.Condition(), False
         self._fetcher: threading.Thread | None = None
-        self._lock, self._busy = threading.Lock(), False
+        self._limit: float | None = None
 
-    def idle(self, pieces: Sequence[Any], share: float) -> None:
-        """Have pieces fetched into the operating system's cache, one after the other, until there is something to compute; returns at once.
+    def beforehand(self, pieces: Sequence[Any], share: float, on: bool = False) -> None:
+        """Have the pieces of a pass fetched into the operating system's cache, one after the other; returns at once.
+
+        They are read while nothing is computed. Then the thread ends or, if it goes `on`, asks for pieces as far ahead of those looked at as memory
+        allows: a disk that stalls for some seconds is not waited for.
 
         Args:
-            pieces: What a pass begins with.
+            pieces: Those of a pass, or some more of them.
             share: This process's share of the memory that may be used for that; the first call's counts.
+            on: Whether this process is the only one that looks at the pieces; a call while an earlier one goes on is ignored.
         """
-        if not self._worth or self._busy:
-            return
-        with self._lock:
+        with self._turn:
+            going = self._fetcher is not None and self._fetcher.is_alive()
+            if not self._worth or (self._busy and not on) or (going and on):
+                return
             self._waiting.extend(pieces)
-            if self._fetcher is None:
-                limit = CACHED * share * psutil.virtual_memory().available
-                self._fetcher = threading.Thread(target=self._until_busy, args=(limit,), name="pavi-idle", daemon=True)
+            if on or self._limit is None:
+                self._fetched, self._taken, self._limit = {}, set(), CACHED * share * psutil.virtual_memory().available
+            if not going:
+                self._fetcher = threading.Thread(target=self._fetch_on, args=(self._limit, on), name="pavi-beforehand", daemon=True)
                 self._fetcher.start()
 
-    def _until_busy(self, limit: float) -> None:
-        cardinality = self._cohort.layout.cardinality[str(self._split)]
-        while self._waiting and not self._busy:
-            piece = self._waiting.popleft()
-            limit -= self._cohort.nbytes * (len(_units(piece)) / cardinality)
-            if limit < 0:
-                return
-            self._fetch(piece, aside=False)
+    def _fetch_on(self, limit: float, on: bool) -> None:
+        each = self._cohort.nbytes / self._cohort.layout.cardinality[str(self._split)]
+        while True:
+            with self._turn:
+                while self._waiting and key_of(self._waiting[0]) in self._taken:
+                    self._waiting.popleft()
+                if not self._waiting or (self._busy and not on):
+                    self._waiting.clear()
+                    return
+                size = each * len(_units(self._waiting[0]))
+                if sum(self._fetched.values()) + size > limit and (self._fetched or not on):
+                    if not on:
+                        self._waiting.clear()
+                        return
+                    self._turn.wait()
+                    continue
+                piece = self._waiting.popleft()
+                self._fetched[key_of(piece)] = size
+                through = not self._busy
+            self._fetch(piece, aside=False, through=through)
+
+    def _begin(self, piece: Any) -> None:
+        """A piece is looked at now."""
+        with self._turn:
+            self._busy = True
+            self._taken.add(key_of(piece))
+            self._fetched.pop(key_of(piece), None)
+            self._turn.notify()
 
     def each(self, pieces: Sequence[Any], then: Any = None) -> Iterator[Any]:
         """The pieces in their order; of each the next one is asked for first, and with the last one what is likely to be looked at `then`."""
-        self._busy = True  # the disk is for what is asked of it now
         for piece, following in zip(pieces, [*pieces[1:], then], strict=True):
+            self._begin(piece)
             if following is not None:
                 self._fetch(following)
             yield piece
@@ -78,12 +107,12 @@ class Ahead:
             stop = min(shard.stop + 2 * (shard.stop - shard.start), self._cohort.layout.cardinality[shard.plate])
             self._fetch((shard.plate, shard.stop, stop))
 
-    def _fetch(self, piece: Any, aside: bool = True) -> None:
+    def _fetch(self, piece: Any, aside: bool = True, through: bool = False) -> None:
         if not self._worth or self._holding.get(key_of(piece)) is not None:
             return
         layout = self._cohort.layout
         selected = closure(layout, {str(self._split): _units(piece)}).units
-        self._cohort.will_need({p: u for p, u in selected.items() if len(u) < layout.cardinality[p]}, aside)
+        self._cohort.will_need({p: u for p, u in selected.items() if len(u) < layout.cardinality[p]}, aside, through)
 
 
 def _units(piece: Any) -> np.ndarray:

@@ -315,7 +315,7 @@ class StudyComputation:
         Where there is no such room, the operating system is asked to have them at hand, in this process's `task["share"]` of the memory nobody uses.
         """
         if task["room"] <= 0:
-            self._ahead.idle(task["pieces"], float(task["share"]))
+            self._ahead.beforehand(task["pieces"], float(task["share"]), bool(task["on"]))
         with contextlib.suppress(CohortError):
             for piece in task["pieces"] if self._holding.nbytes < task["room"] else ():
                 self._piece(piece, False, state)[0].load()

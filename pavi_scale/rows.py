@@ -147,6 +147,8 @@ class Rows:
             settled = bool(resumed[0]["rows/settled"])
         last = len(self.sizes) - 1
         while not settled and step < last + PASSES and time.monotonic() < self.trainer.deadline:
+            if step >= last:
+                self.fetch_pass()
             centre = self.upper.solve(sites, root)
             # What more units will leave of the widths is known beforehand; scales of noise would follow widths a pass late.
             spread = math.sqrt(self.sizes[min(step, last) - 1] / self.sizes[min(step, last)]) if 0 < step <= last else 1.0
@@ -160,6 +162,17 @@ class Rows:
             settled = step > last + 1 and left.typical < CALM and left.worst < WORST and ROOT_ERROR * left.root < CALM
             sites = self.save(on_checkpoint, sites, root, step, settled)
         return self.fitted(sites, self.upper.solve(sites, root), settled)
+
+    @property
+    def room(self) -> float:
+        """Bytes of the cohort that each process may keep beside the growing selections."""
+        study, engine = self.trainer.study, self.trainer.engine
+        return study.settings.cache_bytes - study.cohort.nbytes / (GROWTH - 1) / engine.processes
+
+    def fetch_pass(self) -> None:
+        """Have the disk fetch what a whole pass looks at, from now on, where one process does so and does not keep it."""
+        if self.trainer.engine.processes == 1 and self.room <= 0:
+            self.trainer.engine.submit("fetch", {}, [{"pieces": self.pieces(self.count), "room": 0.0, "share": 1.0, "on": True}])
 
     def refresh(self, sites: Sites, root: np.ndarray, step: int) -> tuple[Sites, np.ndarray]:
         """The root's site once the rows have moved: as their fit improves, less is left as noise, which a pass at the old rows does not know."""

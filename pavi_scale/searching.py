@@ -13,7 +13,7 @@ import numpy as np
 from pavi_scale.computation import StudyComputation
 from pavi_scale.errors import NumericalError
 from pavi_scale.miniature import Ready, few_units, miniature
-from pavi_scale.rows import GROWTH, LOOK, Found, Rows
+from pavi_scale.rows import LOOK, Found, Rows
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.protocol import Asked, Engine
 from pavi_scale.settings import make_graph
@@ -31,15 +31,19 @@ def begin(rows: Rows) -> tuple[Sites, np.ndarray]:
     leaves no such room, the operating system fetches what the first pass begins with.
     """
     trainer = rows.trainer
-    study, engine, settings = trainer.study, trainer.engine, trainer.study.settings
+    study, engine = trainer.study, trainer.engine
     units = few_units(study, trainer.seed)
     if units is None:
         return rows.search()
-    room = settings.cache_bytes - study.cohort.nbytes / (GROWTH - 1) / engine.processes
-    ahead = [{"pieces": pieces, "room": room, "share": 1 / engine.processes} for pieces in rows.parts(rows.pieces(rows.count))]
+    ahead = [
+        {"pieces": pieces, "room": rows.room, "share": 1 / engine.processes, "on": False}
+        for pieces in rows.parts(rows.pieces(rows.count)) if rows.room > 0 or engine.processes > 1
+    ]  # fmt: skip
     together = engine.processes > 1  # one has enough to read while the driver searches
     at_once = FIRST * engine.processes if together else len(ahead)
-    engine.submit("fetch", {}, ahead[:at_once])
+    rows.fetch_pass()
+    if ahead:
+        engine.submit("fetch", {}, ahead[:at_once])
     small = miniature(study, units)
 
     def follow(starts: np.ndarray) -> list[Found]:

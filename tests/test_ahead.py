@@ -1,6 +1,7 @@
-"""What is fetched ahead: in order, within its share of memory, and only while nothing is computed."""
+"""What is fetched ahead: in order, within its share of memory, before anything is computed or, by who looks at all of it alone, through the pass."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,11 +24,13 @@ class Disk:
         self.layout, self.nbytes, self.asked = Layout(plates, {"vertex": UNITS}, {}), LARGE, []
         self.going, self.begun = threading.Event(), threading.Event()
         self.going.set()
+        self.through = []
 
-    def will_need(self, units, aside=True):
+    def will_need(self, units, aside=True, through=False):
         self.begun.set()
         assert self.going.wait(10)
         self.asked.append((int(units["vertex"][0]), aside))
+        self.through.append(through)
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_a_pass_beginning_is_fetched_in_order_up_to_the_share(disk, monkeypatch)
     available(monkeypatch, LARGE)
     made = Ahead(disk, "vertex", Holding(0))
     for some in (PIECES[:5], PIECES[5:]):  # two tasks
-        made.idle(some, 1.0)
+        made.beforehand(some, 1.0)
     ended(made)
     assert disk.asked == [(10 * i, False) for i in range(int(10 * CACHED))]
 
@@ -56,7 +59,7 @@ def test_a_pass_beginning_is_fetched_in_order_up_to_the_share(disk, monkeypatch)
 def test_workers_of_one_machine_share_its_memory(disk, monkeypatch):
     available(monkeypatch, 2 * LARGE)
     made = Ahead(disk, "vertex", Holding(0))
-    made.idle(PIECES, 0.25)
+    made.beforehand(PIECES, 0.25)
     ended(made)
     assert len(disk.asked) == int(10 * CACHED * 2 * 0.25)
 
@@ -65,14 +68,14 @@ def test_what_is_computed_has_the_disk_for_itself(disk, monkeypatch):
     available(monkeypatch, 100 * LARGE)
     disk.going.clear()
     made = Ahead(disk, "vertex", Holding(0))
-    made.idle(PIECES, 1.0)
+    made.beforehand(PIECES, 1.0)
     assert disk.begun.wait(10)
     pieces = made.each([np.arange(3)])
     next(pieces)  # a task begins
     disk.going.set()
     ended(made)
     assert disk.asked == [(0, False)]
-    made.idle(PIECES, 1.0)  # too late
+    made.beforehand(PIECES, 1.0)  # too late
     assert disk.asked == [(0, False)]
 
 
@@ -80,5 +83,40 @@ def test_small_cohorts_are_left_alone(disk, monkeypatch):
     available(monkeypatch, 100 * LARGE)
     disk.nbytes = LARGE - 1
     made = Ahead(disk, "vertex", Holding(0))
-    made.idle(PIECES, 1.0)
+    made.beforehand(PIECES, 1.0)
     assert made._fetcher is None
+
+
+def test_who_looks_alone_is_fetched_for_all_through_the_pass(disk, monkeypatch):
+    available(monkeypatch, LARGE)  # half of the pieces ahead
+    made = Ahead(disk, "vertex", Holding(0))
+    made.beforehand(PIECES, 1.0, on=True)
+
+    def asked(*starts):
+        until(lambda: [start for start, aside in disk.asked if not aside] == list(starts))
+
+    asked(0, 10, 20, 30, 40)
+    assert made._fetcher.is_alive()
+    made.beforehand(PIECES, 1.0, on=True)  # it goes on already
+    one, two = made.each(PIECES[:3]), made.each(PIECES[6:8])
+    next(one)
+    asked(0, 10, 20, 30, 40, 50)
+    next(two)  # another lane has reached what was not fetched yet, and asks for its next one itself
+    assert (70, True) in disk.asked
+    next(one)
+    asked(0, 10, 20, 30, 40, 50, 70)
+    assert disk.through == [True] * 5 + [False] * (len(disk.asked) - 5)  # read while nothing was computed
+    for piece in (*PIECES[2:6], *PIECES[7:]):
+        list(made.each([piece]))
+    ended(made)
+    disk.asked.clear()
+    made.beforehand(PIECES, 1.0, on=True)  # the next pass
+    asked(0, 10, 20, 30, 40)
+
+
+def until(holds):
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pavi_scale.diagnosing import status_of
 from pavi_scale.errors import InputError, NumericalError, RunError
 from pavi_scale.rows import ROWS, Rows, spread_out
 from pavi_scale.run import Run
+from pavi_scale.scores import whole
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.sites import residual
 from pavi_scale.starts import start_points
@@ -330,3 +332,41 @@ def test_the_log_says_what_was_read(tmp_path):
     assert told["bytes"] >= data["y"].nbytes
     assert told["bytes_of_chunks"] >= data["y"].nbytes
     assert 0.0 < told["share_of_time"] < 1.0
+
+
+def test_tables_come_back_as_the_rows_looked_at():
+    rng = np.random.default_rng(5)
+    some = [np.sort(rng.choice(20, size, replace=False)) for size in (3, 20, 8)]
+    answers = [{"score/a": rng.normal(size=(len(at), 2)), "root": rng.normal(size=4), **({"at/a": at} if len(at) < 20 else {})} for at in some]
+    expected = np.zeros((20, 2))
+    for at, answer in zip(some, answers, strict=True):
+        for row, value in zip(at, answer["score/a"], strict=True):
+            expected[row] += value
+    np.testing.assert_array_equal(whole(answers, "score/a", 20), expected)
+    np.testing.assert_array_equal(whole(answers, "root", 0), answers[0]["root"] + answers[1]["root"] + answers[2]["root"])
+
+
+def test_a_worker_answers_with_the_rows_it_has_looked_at(tmp_path):
+    path = str(tmp_path / "cohort.zarr")
+    make_cohort(path, subjects=6, vertices=60, seed=5)
+    made = study.prepare(open_cohort(path, cortical), seed=5)
+    computation, asked = StudyComputation(made.graph, made.cohort, made.settings), []
+
+    class Noting(LocalEngine):
+        def submit(self, kind, state, tasks):
+            begun = super().submit(kind, state, tasks)
+            asked.extend((task["pieces"], answer) for task, answer in zip(tasks, begun.result(), strict=True) if kind == "score")
+            return begun
+
+    with Noting(made.spec) as engine:
+        rows = Rows(Trainer(computation, engine, 5, math.inf, lambda *_: None))
+        start = rows.draws[0]
+        fresh = rows.rows_at(start, 0)
+        rows.round(rows.count, replace(rows.upper.centre(rows.upper.initial(start, fresh), start), loc=fresh), 1)
+    assert len(asked) > 1
+    for pieces, answer in asked:
+        mine = np.concatenate([np.arange(piece[1], piece[2]) for piece in pieces])
+        np.testing.assert_array_equal(answer["at/vertex"], mine)  # population logits of the task's vertices
+        assert answer["start/vertex"].shape == (len(mine), 7)
+        assert answer["seen/vertex"].shape == (len(mine), 1)
+        assert "at/subject*session" not in answer  # each vertex tells of all of them

@@ -146,17 +146,18 @@ class Cohort:
         # torch refuses to share read-only memory without a warning.
         return out if out.flags.writeable else out.copy()
 
-    def will_need(self, units: Mapping[str, np.ndarray], aside: bool = True) -> None:
+    def will_need(self, units: Mapping[str, np.ndarray], aside: bool = True, through: bool = False) -> None:
         """Have the chunks of observed variables and covariates fetched from the disk while something else is computed.
 
         Args:
             units: Plate -> positions that will be read, sorted; a plate that is not named is read whole.
             aside: Whether to return at once, or when the disk has been asked for all.
+            through: Whether the chunks are read, too.
         """
         for v in self.model.of_kind("observed", "covariate"):
             reader = self._readers[v.name]
             if isinstance(reader, ZarrReader) and any(p in units for p in v.plates):
-                reader.will_need([self._positions(axis, units.get(axis)) for axis in self._axes[v.name]], aside)
+                reader.will_need([self._positions(axis, units.get(axis)) for axis in self._axes[v.name]], aside, through)
 
     def part(self, units: Mapping[str, np.ndarray]) -> Cohort:
         """Some units of plates that are not nested, as a cohort in memory.

@@ -298,12 +298,13 @@ class ZarrReader:
             touched *= c * (len(np.unique(i // c)) if isinstance(i, np.ndarray) else -(-high // c) - low // c if high > low else 0)
         return touched * self.dtype.itemsize
 
-    def will_need(self, index: Sequence[Index], aside: bool = True) -> None:
+    def will_need(self, index: Sequence[Index], aside: bool = True, through: bool = False) -> None:
         """Have the operating system fetch the chunks of a selection into its cache; does nothing for stores that are no local folder.
 
         Args:
             index: The selection.
             aside: Whether to return at once, or when the disk has been asked for all: it takes so many requests at a time.
+            through: Whether they are read, too: the system may forget a request, and pages that nobody has touched are slow to read.
         """
         if not isinstance(self.array.store, LocalStore) or not hasattr(os, "posix_fadvise"):
             return
@@ -316,9 +317,9 @@ class ZarrReader:
         keys = [self.array.metadata.encode_chunk_key(tuple(map(int, place))) for place in itertools.product(*at)]
         files = [Path(self.array.store.root, self.array.path, key) for key in keys]
         if aside:
-            threading.Thread(target=_fetch, args=(files,), name="pavi-ahead", daemon=True).start()
+            threading.Thread(target=_fetch, args=(files, through), name="pavi-ahead", daemon=True).start()
         else:
-            _fetch(files)
+            _fetch(files, through)
 
     def absent(self) -> Iterator[Block]:
         """Blocks that the store lacks."""
@@ -334,14 +335,18 @@ class ZarrReader:
                 yield tuple(block[a] for a in self.order)
 
 
-def _fetch(files: Sequence[Path]) -> None:
-    for file in files:
-        with suppress(OSError):  # whoever reads it will say what is wrong
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
+def _fetch(files: Sequence[Path], through: bool) -> None:
+    buffer = bytearray(1 << 20)
+    for read in (False, True)[: 1 + through]:  # all are asked for before one is waited for
+        for file in files:
+            with suppress(OSError):  # whoever reads it will say what is wrong
+                handle = os.open(file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+                    while read and os.readv(handle, [buffer]):
+                        pass
+                finally:
+                    os.close(handle)
 
 
 async def _keys(array: ZarrArray) -> set[str]:

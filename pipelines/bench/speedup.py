@@ -1,4 +1,7 @@
-"""The cortical study on one and on two single-threaded workers, and in process with one task at a time: seconds of `fit`, SHA-256 of what it stored."""
+"""The cortical study on one and on two single-threaded workers, and in process with one task at a time: seconds of `fit`, SHA-256 of what it stored.
+
+What two workers gain is set against what two processes of mere arithmetic gain on the same machine (`ceiling`).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import torch
 from distributed import Client, LocalCluster
 
 import pavi_scale as ps
+from pipelines.bench.ceiling import gain
 from pipelines.bench.cortex import provide
 from pipelines.bench.meter import Found, Job, timing
 from pipelines.hcp import model
@@ -62,7 +66,9 @@ def measure(job: Job) -> Found:
     """Each way in turn, some rounds of all, each fit by a process of its own."""
     cohort, found = provide((job.cohorts or (SHARE,))[0], job), Found()
     run, seconds, digests = job.work / "speedup-run", {way: [] for way in WAYS}, set()
+    ceilings = []
     for turn in range(job.runs or ROUNDS):
+        ceilings.append(gain())
         for way in WAYS:
             shutil.rmtree(run, ignore_errors=True)
             command = [sys.executable, "-W", "ignore", "-m", "pipelines.bench.speedup", cohort.store, str(run), str(way[0]), str(int(way[1]))]
@@ -75,8 +81,12 @@ def measure(job: Job) -> Found:
     shutil.rmtree(run, ignore_errors=True)
     middle = {way: median(each) for way, each in seconds.items()}
     found.details = {f"{w} workers, {'ready' if r else 'fresh'}": {"median": middle[w, r], "all": seconds[w, r]} for w, r in WAYS}
+    found.details["two processes of arithmetic over one"] = ceilings
+    ready = middle[1, True] / middle[2, True]
     found.notes = [
-        f"speed-up of two workers over one, medians: {middle[1, True] / middle[2, True]:.2f} ready, {middle[1, False] / middle[2, False]:.2f} fresh",
+        f"the machine itself: two processes of arithmetic do {median(ceilings):.2f} times the work of one ({', '.join(f'{c:.2f}' for c in ceilings)}); "
+        f"reached: {100 * ready / median(ceilings):.0f} % of that",
+        f"speed-up of two workers over one, medians: {ready:.2f} ready, {middle[1, False] / middle[2, False]:.2f} fresh",
         f"one worker over in process, medians: {100 * (middle[1, True] / middle[0, True] - 1):+.1f} % ready, "
         f"{100 * (middle[1, False] / middle[0, True] - 1):+.1f} % fresh",
         f"stored moments: {'the same SHA-256 in all' if len(digests) == 1 else f'{len(digests)} different ones'}",

@@ -1,5 +1,7 @@
 """The in-process engine, and what makes two engines agree bit for bit."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pavi_scale.errors import CohortError, NumericalError, WorkerError
-from pavi_scale.server.answer import aligned, torch_threads
+from pavi_scale.server.answer import aligned, taking_turns, torch_threads
 from pavi_scale.server.local import LocalEngine
 
 
@@ -89,3 +91,12 @@ def test_aligned_keeps_values(array, how):
     assert out.size == 0 or out.ctypes.data % 64 == 0
     assert out.tobytes() == given_.tobytes()
     assert aligned(out) is out or out.size == 0
+
+
+def test_threads_take_turns_while_something_is_computed_and_no_longer():
+    before = sys.getswitchinterval()
+    with taking_turns():
+        assert sys.getswitchinterval() < before / 10
+    with pytest.raises(KeyError), taking_turns():
+        raise KeyError
+    assert sys.getswitchinterval() == before
