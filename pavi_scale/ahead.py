@@ -1,10 +1,12 @@
-"""Reading ahead: what a task looks at next is fetched from the disk while it computes, and what a pass begins with while the driver searches."""
+"""Reading ahead: what a pass begins with is fetched before its first piece is looked at, what comes next while the present piece is computed."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from pavi_scale.cohort import Cohort
 from pavi_scale.holding import Holding, Key
 
 LARGE = 256 << 20  # bytes of a cohort that is read ahead: a smaller one is soon in memory
+PATIENCE = 1.0  # seconds between looks at whether anybody is still there
 CACHED = 0.5  # share of the memory that nobody uses into which a pass's beginning is fetched
 
 
@@ -37,65 +40,65 @@ class Ahead:
         self._worth = split is not None and cohort.nbytes >= LARGE
         self._waiting: deque[Any] = deque()
         self._fetched: dict[Key, float] = {}  # bytes of what has been fetched and not been looked at
-        self._taken: set[Key] = set()
-        self._turn, self._busy = threading.Condition(), False
-        self._fetcher: threading.Thread | None = None
+        self._taken: set[Key] = set()  # what has been looked at, perhaps before it was fetched
+        self._turn, self._busy, self._going = threading.Condition(), False, False
         self._limit: float | None = None
 
     def beforehand(self, pieces: Sequence[Any], share: float, on: bool = False) -> None:
         """Have the pieces of a pass fetched into the operating system's cache, one after the other; returns at once.
 
-        They are read while nothing is computed. Then the thread ends or, if it goes `on`, asks for pieces as far ahead of those looked at as memory
-        allows: a disk that stalls for some seconds is not waited for.
+        They are read until the first piece is looked at. Then the thread ends or, if it goes `on`, asks for pieces as far ahead of those looked at as
+        memory allows: a disk that stalls for some seconds is not waited for.
 
         Args:
             pieces: Those of a pass, or some more of them.
-            share: This process's share of the memory that may be used for that; the first call's counts.
-            on: Whether this process is the only one that looks at the pieces; a call while an earlier one goes on is ignored.
+            share: This process's share of the memory that may be used for that; without `on` the first call's counts.
+            on: Whether this process is the only one that looks at the pieces, which are all of a pass.
         """
         with self._turn:
-            going = self._fetcher is not None and self._fetcher.is_alive()
-            if not self._worth or (self._busy and not on) or (going and on):
+            if not self._worth or (self._busy and not on):
                 return
             self._waiting.extend(pieces)
-            if on or self._limit is None:
-                self._fetched, self._taken, self._limit = {}, set(), CACHED * share * psutil.virtual_memory().available
-            if not going:
-                self._fetcher = threading.Thread(target=self._fetch_on, args=(self._limit, on), name="pavi-beforehand", daemon=True)
-                self._fetcher.start()
+            if on:
+                self._taken.difference_update(map(key_of, pieces))
+            if self._limit is None or (on and not self._going):
+                self._fetched, self._limit = {}, CACHED * share * psutil.virtual_memory().available
+            if not self._going:
+                self._going = True
+                threading.Thread(target=_go_on, args=(weakref.ref(self), self._turn, on), name="pavi-beforehand", daemon=True).start()
 
-    def _fetch_on(self, limit: float, on: bool) -> None:
-        each = self._cohort.nbytes / self._cohort.layout.cardinality[str(self._split)]
-        while True:
-            with self._turn:
-                while self._waiting and key_of(self._waiting[0]) in self._taken:
-                    self._waiting.popleft()
-                if not self._waiting or (self._busy and not on):
-                    self._waiting.clear()
-                    return
-                size = each * len(_units(self._waiting[0]))
-                if sum(self._fetched.values()) + size > limit and (self._fetched or not on):
-                    if not on:
-                        self._waiting.clear()
-                        return
-                    self._turn.wait()
-                    continue
-                piece = self._waiting.popleft()
-                self._fetched[key_of(piece)] = size
-                through = not self._busy
-            self._fetch(piece, aside=False, through=through)
+    def _next(self, on: bool) -> bool | None:
+        """Fetch the next piece: whether there may be another one; None if there is no room for it yet."""
+        with self._turn:
+            while self._waiting and key_of(self._waiting[0]) in self._taken:
+                self._waiting.popleft()
+            each = self._cohort.nbytes / self._cohort.layout.cardinality[str(self._split)]
+            size = each * len(_units(self._waiting[0])) if self._waiting else 0.0
+            full = sum(self._fetched.values()) + size > (self._limit or 0.0) and bool(self._fetched or not on)
+            if full and on and self._waiting:
+                return None
+            if full or not self._waiting or (self._busy and not on):
+                self._waiting.clear()
+                self._going = False
+                return False
+            piece = self._waiting.popleft()
+            self._fetched[key_of(piece)] = size
+            through = not self._busy
+        self._fetch(piece, aside=False, through=through)
+        return True
 
     def _begin(self, piece: Any) -> None:
         """A piece is looked at now."""
-        with self._turn:
-            self._busy = True
-            self._taken.add(key_of(piece))
-            self._fetched.pop(key_of(piece), None)
-            self._turn.notify()
+        if self._worth:
+            with self._turn:
+                self._busy = True
+                self._taken.add(key_of(piece))
+                self._fetched.pop(key_of(piece), None)
+                self._turn.notify()
 
     def each(self, pieces: Sequence[Any], then: Any = None) -> Iterator[Any]:
         """The pieces in their order; of each the next one is asked for first, and with the last one what is likely to be looked at `then`."""
-        for piece, following in zip(pieces, [*pieces[1:], then], strict=True):
+        for piece, following in pairwise([*pieces, then]):
             self._begin(piece)
             if following is not None:
                 self._fetch(following)
@@ -113,6 +116,17 @@ class Ahead:
         layout = self._cohort.layout
         selected = closure(layout, {str(self._split): _units(piece)}).units
         self._cohort.will_need({p: u for p, u in selected.items() if len(u) < layout.cardinality[p]}, aside, through)
+
+
+def _go_on(of: weakref.ref[Ahead], turn: threading.Condition, on: bool) -> None:
+    """Fetch piece after piece, until there is none or nobody will look at them any more."""
+    going: bool | None = True
+    while going is not False and (ahead := of()) is not None:
+        going = ahead._next(on)
+        del ahead
+        if going is None:
+            with turn:
+                turn.wait(PATIENCE)
 
 
 def _units(piece: Any) -> np.ndarray:

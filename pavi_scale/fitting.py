@@ -100,15 +100,19 @@ def fit(
     }
     if not isinstance(model, Model):
         raise ModelError("the first argument is not a model", expected="pavi_scale.Model", got=type(model).__name__)
-    opened = open_cohort(cohort, model)
-    study = make_study(opened, config, client)
-    opened.check_values(limit_bytes=CHECKED_FIRST)
-    check_apart(opened, run)
-    directory = Run.create(run)
-    check_disk(study, directory)
-    with directory.lock():
-        record(directory, opened, study, config)
-        return complete(directory, study, config, client, progress, began)
+    try:
+        with terminable():
+            opened = open_cohort(cohort, model)
+            study = make_study(opened, config, client)
+            opened.check_values(limit_bytes=CHECKED_FIRST)
+            check_apart(opened, run)
+            directory = Run.create(run)
+            check_disk(study, directory)
+            with directory.lock():
+                record(directory, opened, study, config)
+                return complete(directory, study, config, client, progress, began)
+    except KeyboardInterrupt as error:  # later ones are told by `complete`
+        raise Interrupted("the fit was interrupted before it had begun", where=run, remedy="fit again") from error
 
 
 def resume(

@@ -36,7 +36,8 @@ CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is pic
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
 LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
-ENOUGH = 64  # units of a plate that is computed whole, to tell the structure of what hangs on it
+ENOUGH = 64  # units of a plate over which data are pooled that tell the structure of what hangs on it
+RUNS = 8  # of neighbours among them
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
@@ -211,13 +212,29 @@ def check_supports(graph: Graph, cohort: Cohort) -> None:
 
 
 def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Reduced:
-    """A reduced model of the first few units of each splittable plate, and some more of others that hold no plate."""
+    """A reduced model of a few units of each splittable plate, and some more of other plates that neither hold nor lie within another.
+
+    They are spread over the plate, and those with the least and largest values of its own covariates are among them: tables are sorted by dose or
+    treatment, and the first units may say nothing.
+    """
     tops, plates, cardinality = splittable(graph.model, guide.components), graph.model.plates, cohort.layout.cardinality
     simple = [p for p, plate in plates.items() if not plate.within and not any(p in other.within for other in plates.values())]
-    chosen = {p: units if p in tops else ENOUGH for p in (*simple, *tops)}
-    selection = closure(cohort.layout, {p: np.arange(min(n, cardinality[p])) for p, n in chosen.items()})
+    chosen = {p: spread(cardinality[p], units if p in tops else ENOUGH) for p in (*simple, *tops)}
+    for v in graph.model.of_kind("covariate"):
+        if len(v.plates) == 1 and v.plates[0] in chosen and cardinality[v.plates[0]] * math.prod(graph.shape(v)) <= LOOKED_AT:
+            x = np.asarray(cohort.read(v.name, {})).reshape(cardinality[v.plates[0]], -1)
+            chosen[v.plates[0]] = np.union1d(chosen[v.plates[0]], np.concatenate([x.argmin(0)[:units], x.argmax(0)[:units]]))
+    selection = closure(cohort.layout, chosen)
     names = [v.name for v in graph.model.of_kind("observed", "covariate")]
     return Reduced(graph, selection, Reading(graph, selection, names, cohort))
+
+
+def spread(count: int, few: int) -> np.ndarray:
+    """Positions of a few of so many units, in runs of neighbours (which lie in few chunks) from the first to the last."""
+    runs = min(RUNS, few)
+    length = few // runs
+    starts = np.unique(np.linspace(0, max(count - length, 0), runs).astype(np.int64))
+    return np.unique(np.minimum(starts[:, None] + np.arange(length), count - 1))
 
 
 def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, Any]]:

@@ -43,8 +43,7 @@ def available(monkeypatch, size):
 
 
 def ended(made):
-    made._fetcher.join(10)
-    assert not made._fetcher.is_alive()
+    until(lambda: not made._going)
 
 
 def test_a_pass_beginning_is_fetched_in_order_up_to_the_share(disk, monkeypatch):
@@ -84,7 +83,7 @@ def test_small_cohorts_are_left_alone(disk, monkeypatch):
     disk.nbytes = LARGE - 1
     made = Ahead(disk, "vertex", Holding(0))
     made.beforehand(PIECES, 1.0)
-    assert made._fetcher is None
+    assert not made._going
 
 
 def test_who_looks_alone_is_fetched_for_all_through_the_pass(disk, monkeypatch):
@@ -96,8 +95,7 @@ def test_who_looks_alone_is_fetched_for_all_through_the_pass(disk, monkeypatch):
         until(lambda: [start for start, aside in disk.asked if not aside] == list(starts))
 
     asked(0, 10, 20, 30, 40)
-    assert made._fetcher.is_alive()
-    made.beforehand(PIECES, 1.0, on=True)  # it goes on already
+    assert made._going
     one, two = made.each(PIECES[:3]), made.each(PIECES[6:8])
     next(one)
     asked(0, 10, 20, 30, 40, 50)
@@ -120,3 +118,19 @@ def until(holds):
             return
         time.sleep(0.01)
     raise AssertionError("it did not come about")
+
+
+def test_nothing_is_fetched_for_who_is_gone(disk, monkeypatch):
+    available(monkeypatch, LARGE)
+    monkeypatch.setattr(ahead, "PATIENCE", 0.01)
+    before = threading.active_count()
+    made = Ahead(disk, "vertex", Holding(0))
+    made.beforehand(PIECES, 1.0, on=True)
+    until(lambda: len(disk.asked) == 5)
+    assert threading.active_count() == before + 1  # it waits for the pass
+    del made
+    until(lambda: threading.active_count() == before)
+
+
+def test_a_task_of_no_pieces_is_none():
+    assert list(Ahead(Disk(), "vertex", Holding(0)).each([])) == []

@@ -72,6 +72,8 @@ def of_store(arrays: Mapping[str, ZarrArray], attrs: Mapping[str, Any]) -> Conte
 
 def _plain(array: ZarrArray) -> bool:
     """Whether what is stored is what is meant: numbers or text, no packing, no times, nothing that stands for missing values but NaN."""
+    if not isinstance(array.metadata.attributes, Mapping):
+        return False
     found, kind = dict(array.attrs), np.dtype(array.dtype).kind
     if kind not in "fiubTO" or _CODING & set(found) or "since" in str(found.get("units")):
         return False

@@ -63,7 +63,7 @@ def read_plain(array: Array[Any], spans: Sequence[tuple[int, int]]) -> np.ndarra
             out[there] = array.fill_value
             continue
         if len(raw) != size + CHECKSUM * checked:
-            raise ValueError(f"chunk {key} has {len(raw)} bytes, not {size + CHECKSUM * checked}")
+            raise ValueError(f"chunk {key} has {(folder / key).stat().st_size} bytes, not {size + CHECKSUM * checked}")
         if checked and google_crc32c.value(raw) != INTACT:
             raise ValueError(f"chunk {key} is damaged: its checksum does not match")
         values = np.frombuffer(raw, dtype, math.prod(grid)).reshape(grid)

@@ -336,15 +336,21 @@ class ZarrReader:
 
 
 def _fetch(files: Sequence[Path], through: bool) -> None:
-    buffer = bytearray(1 << 20)
-    for read in (False, True)[: 1 + through]:  # all are asked for before one is waited for
+    buffer = bytearray(through << 20)
+
+    def ask(handle: int) -> None:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def read(handle: int) -> None:
+        while os.readv(handle, [buffer]):
+            pass
+
+    for act in (ask, read) if through else (ask,):  # all are asked for before one is waited for
         for file in files:
             with suppress(OSError):  # whoever reads it will say what is wrong
                 handle = os.open(file, os.O_RDONLY)
                 try:
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-                    while read and os.readv(handle, [buffer]):
-                        pass
+                    act(handle)
                 finally:
                     os.close(handle)
 

@@ -116,7 +116,8 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
             quadratic = False
         rough = [f.variable for f in component.factors if all(_kinked(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
         uniform = [f.variable for f in component.factors if all(_uniform(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
-        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic and not rough, "rough": rough, "uniform": uniform}
+        told = not rough and not any(_unseen(reduced, f) for f in component.factors)
+        found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic and told, "rough": rough, "uniform": uniform}
     return found
 
 
@@ -137,6 +138,14 @@ def separate(local: LocalModel) -> bool:
             if float((product * vector[:, None] - along[pair]).abs().max() / scale) > 1e-8:
                 return False
     return True
+
+
+def _unseen(reduced: Reduced, factor: Factor) -> bool:
+    """Whether a law has nothing observed in the selection, which then says nothing of its curvature."""
+    if reduced.graph.model.variables[factor.variable].missing != "mask":
+        return False
+    reduced.data[factor.variable]  # read when it is first asked for, and its mask made
+    return not bool(reduced.masks[factor.variable].any())
 
 
 def _kinked(local: LocalModel, factor: Factor) -> bool:

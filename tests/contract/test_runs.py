@@ -234,8 +234,9 @@ if __name__ == "__main__":
     g = np.repeat(np.arange(400), 5)
     y = (rng.random(g.size) < 1 / (1 + np.exp(-(0.3 + rng.normal(0, 1.0, 400))[g]))).astype(int)
     cohort = xr.Dataset({{"y": ("i", y), "g_of": ("i", g, {{"instance_dimension": "g"}})}})
+    fit = ps.fit  # what it takes is imported now
     print("go", flush=True)
-    ps.fit(model, cohort, run=sys.argv[1], seed=0, progress=False)
+    fit(model, cohort, run=sys.argv[1], seed=0, progress=False)
     print("done", flush=True)
 """
 
@@ -258,6 +259,8 @@ def test_resume_after_a_signal(name, tmp_path):
         pytest.skip("the run ended before the signal came")
     if name != "SIGKILL":
         assert "Interrupted" in err or child.returncode == 75, err[-1500:]
+    if "before it had begun" in err:
+        pytest.skip("the signal came before the run had begun")
     # The laws lie in a module of the user's; the run remembers where.
     code = f"""
 import sys

@@ -129,3 +129,47 @@ def test_latents_whose_events_mean_different_things_are_not_paired():
     )
     study = oracle.compute(model, xr.Dataset({"x": (("group", "i", "j"), RNG.normal(size=(3, 2, 2)))}))
     assert not study.guide.components[0].elementwise
+
+
+def _sorted_tables():
+    """Counts of 20 items and 200 subjects of which the first halves say nothing of the effects, or all but one unit does."""
+    rng = np.random.default_rng(0)
+    theta = 0.5 + 0.7 * rng.normal(size=20)
+    late, one, some, single = np.arange(200) >= 100, np.arange(200) == 137, np.arange(20) >= 10, np.arange(20) == 7
+    for name, plate, dose in (
+        ("of subjects", "subject", late), ("of one subject", "subject", one), ("of items", "item", some), ("of one item", "item", single),
+    ):  # fmt: skip
+        rate = np.exp(np.where(dose[:, None], theta, 0.0)) if plate == "subject" else np.exp(np.where(dose, theta, 0.0)) * np.ones((200, 1))
+        yield name, xr.Dataset({"y": (("subject", "item"), rng.poisson(rate).astype(float)), "dose": (plate, dose.astype(float))}), theta
+    counts = rng.poisson(np.exp(theta) * np.ones((200, 1))).astype(float)
+    counts[:100] = np.nan
+    yield "missing", xr.Dataset({"y": (("subject", "item"), counts)}), theta
+
+
+def _counts(data):
+    """theta of each item; counts with log rate theta x dose, or missing ones."""
+    if "dose" not in data:
+        return _items(y=ps.observed(lambda theta: Poisson(theta.exp()), plates=("subject", "item"), missing="mask"))
+    dose = ps.covariate(plates=data["dose"].dims[0])
+    return _items(dose=dose, y=ps.observed(lambda theta, dose: Poisson((theta * dose).exp()), plates=("subject", "item")))
+
+
+def _items(**more):
+    return ps.Model(
+        ps.Plate("item"), ps.Plate("subject"), mu=ps.latent(lambda: Normal(0.0, 1.0)), tau=ps.latent(lambda: HalfNormal(1.0)),
+        theta=ps.latent(lambda mu, tau: Normal(mu, tau), plates="item"), **more,
+    )
+
+
+@pytest.mark.parametrize(("name", "data", "theta"), [pytest.param(*case, id=case[0]) for case in _sorted_tables()])
+def test_sorted_tables_are_not_taken_for_quadratic(name, data, theta):
+    (component,) = oracle.compute(_counts(data), data).guide.components
+    assert not component.quadratic
+
+
+def test_a_posterior_of_a_sorted_table():
+    _, data, theta = next(_sorted_tables())
+    posterior = ps.fit(_counts(data), data, progress=False, seed=0)
+    mean, sd = (posterior.datatree[group]["theta"].values for group in ("posterior_mean", "posterior_sd"))
+    assert np.abs((mean - theta) / sd).max() < 4  # 17 where only the first 64 subjects were looked at
+    assert posterior.status == "ok"

@@ -1,6 +1,7 @@
 """The in-process engine, and what makes two engines agree bit for bit."""
 
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -99,4 +100,11 @@ def test_threads_take_turns_while_something_is_computed_and_no_longer():
         assert sys.getswitchinterval() < before / 10
     with pytest.raises(KeyError), taking_turns():
         raise KeyError
+    assert sys.getswitchinterval() == before
+    one, two = ExitStack(), ExitStack()  # two fits of one process, of which the first ends first
+    one.enter_context(taking_turns())
+    two.enter_context(taking_turns())
+    one.close()
+    assert sys.getswitchinterval() < before / 10
+    two.close()
     assert sys.getswitchinterval() == before
