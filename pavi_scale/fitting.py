@@ -196,7 +196,7 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
     """Train unless that is done, then write the posterior."""
     keep_freed_memory()
     deadline = began + float(config.get("max_time") or math.inf)
-    before, since = (READ.seconds, READ.nbytes, READ.decoded), time.monotonic()
+    before, since = READ.so_far(), time.monotonic()
     spec = replace(study.spec, device=config["device"])
     engine: Engine = DaskEngine(client, spec) if client is not None else LocalEngine(spec, study.plan.lanes)
     computation = StudyComputation(study.graph, study.cohort, study.settings)
@@ -210,9 +210,10 @@ def complete(run: Run, study: Study, config: Mapping[str, Any], client: Client |
             facts |= write_posterior(run, study, computation, engine, state, facts, config)
             run.commit(state, facts)
             if client is None:  # with workers, it is they who read
-                seconds, nbytes, decoded = (now - then for now, then in zip((READ.seconds, READ.nbytes, READ.decoded), before, strict=True))
-                share = seconds / max(time.monotonic() - since, 1e-9) / engine.parallelism
-                run.log("read", bytes=int(nbytes), bytes_of_chunks=int(decoded), thread_seconds=round(seconds, 3), share_of_time=round(share, 4))
+                seconds, waited, nbytes, decoded = (now - then for now, then in zip(READ.so_far(), before, strict=True))
+                whole = max(time.monotonic() - since, 1e-9) * engine.parallelism
+                shares = {"share_of_time": round(seconds / whole, 4), "share_waited": round(waited / whole, 4)}  # of the first the second is no arithmetic
+                run.log("read", bytes=int(nbytes), bytes_of_chunks=int(decoded), thread_seconds=round(seconds, 3), **shares)
     except KeyboardInterrupt as error:
         run.log("interrupted")
         raise Interrupted("the fit was interrupted", where=run.path, remedy=f"pavi_scale.resume({str(run.path)!r}) goes on") from error

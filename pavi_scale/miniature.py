@@ -64,7 +64,7 @@ def few_units(study: StudyComputation, seed: int) -> dict[str, np.ndarray] | Non
         return None
     few = {p: layout.cardinality[p] for b in study.guide.blocks if b.free for p in b.plates if p != split}
     per_unit = coordinates_of_rows(study) / math.prod(few.values())
-    while math.prod(few.values()) * per_unit > SMALL and max(few.values()) > 2:
+    while math.prod(few.values()) * per_unit > SMALL and max(few.values(), default=0) > 2:
         largest = max(few, key=lambda p: few[p])
         few[largest] = max(2, min(few[largest] - 1, int(SMALL / per_unit * few[largest] / math.prod(few.values()))))
     few[split] = min(first_selection(study, few), layout.cardinality[split])

@@ -22,6 +22,7 @@ from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan, make_plan, room_for, swept, swept_chunk, unit_bytes
+from pavi_scale.plates import Layout, ancestors
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.server.answer import torch_threads
 from pavi_scale.settings import Settings, make_graph, precision
@@ -219,7 +220,10 @@ def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Red
     """
     tops, plates, cardinality = splittable(graph.model, guide.components), graph.model.plates, cohort.layout.cardinality
     simple = [p for p, plate in plates.items() if not plate.within and not any(p in other.within for other in plates.values())]
-    chosen = {p: spread(cardinality[p], units if p in tops else ENOUGH) for p in (*simple, *tops)}
+    chosen = {}
+    for p in (*simple, *tops):
+        some = populated(cohort.layout, p)
+        chosen[p] = some[spread(len(some), units if p in tops else ENOUGH)]
     for v in graph.model.of_kind("covariate"):
         if len(v.plates) == 1 and v.plates[0] in chosen and cardinality[v.plates[0]] * math.prod(graph.shape(v)) <= LOOKED_AT:
             x = np.asarray(cohort.read(v.name, {})).reshape(cardinality[v.plates[0]], -1)
@@ -227,6 +231,14 @@ def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Red
     selection = closure(cohort.layout, chosen)
     names = [v.name for v in graph.model.of_kind("observed", "covariate")]
     return Reduced(graph, selection, Reading(graph, selection, names, cohort))
+
+
+def populated(layout: Layout, plate: str) -> np.ndarray:
+    """Units of a plate that have something below them on as many plates as any of them has."""
+    found = np.zeros(layout.cardinality[plate], np.int64)
+    for below in (p for p in layout.plates if plate in ancestors(layout.plates, p)):
+        found[layout.path(below, plate)] += 1
+    return np.flatnonzero(found == found.max(initial=0))
 
 
 def spread(count: int, few: int) -> np.ndarray:

@@ -135,10 +135,11 @@ class Cohort:
         if name not in self._readers:
             raise CohortError("cohort holds no such variable", where=f"variable {name!r}", expected=f"one of {sorted(self._readers)}")
         index = [self._positions(axis, (units or {}).get(axis)) for axis in self._axes[name]]
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.thread_time()
         with reading(f"variable {name!r} of cohort {self.source or 'in memory'}"):
             out = self._readers[name].read(index)
-        READ.add(seconds=time.perf_counter() - began, nbytes=out.nbytes)
+        seconds = time.perf_counter() - began
+        READ.add(seconds=seconds, waited=max(0.0, seconds - (time.thread_time() - computed)), nbytes=out.nbytes)
         v = self.model.variables.get(name)
         if v is not None:  # never a silent NaN, whatever was checked before
             masked = v.kind == "observed" and v.missing == "mask"

@@ -55,18 +55,24 @@ Block = tuple[slice, ...]
 
 
 class Tally:
-    """What this process has read of cohorts: seconds of its threads, waiting and decoding; bytes that were handed out; bytes of the chunks they came from."""
+    """What this process has read of cohorts: seconds of its threads, and those of them that they waited; bytes handed out; bytes of their chunks."""
 
     def __init__(self) -> None:
-        self.seconds, self.nbytes, self.decoded = 0.0, 0, 0
+        self.seconds, self.waited, self.nbytes, self.decoded = 0.0, 0.0, 0, 0
         self._lock = threading.Lock()
 
-    def add(self, *, seconds: float = 0.0, nbytes: int = 0, decoded: int = 0) -> None:
-        """Account for one read."""
+    def add(self, *, seconds: float = 0.0, waited: float = 0.0, nbytes: int = 0, decoded: int = 0) -> None:
+        """Account for one read; who waits is without a processor."""
         with self._lock:
             self.seconds += seconds
+            self.waited += waited
             self.nbytes += nbytes
             self.decoded += decoded
+
+    def so_far(self) -> tuple[float, float, int, int]:
+        """Seconds, those waited, bytes, bytes of chunks."""
+        with self._lock:
+            return self.seconds, self.waited, self.nbytes, self.decoded
 
 
 READ = Tally()

@@ -114,9 +114,10 @@ def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws
             quadratic = all(curvature_fixed(LocalModel(trial[0], reduced, d, {}, 1)) for d in draws)
         else:
             quadratic = False
-        rough = [f.variable for f in component.factors if all(_kinked(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
-        uniform = [f.variable for f in component.factors if all(_uniform(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
-        told = not rough and not any(_unseen(reduced, f) for f in component.factors)
+        seen = [f for f in component.factors if not _unseen(reduced, f)]
+        rough = [f.variable for f in seen if all(_kinked(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
+        uniform = [f.variable for f in seen if all(_uniform(LocalModel(trial[0], reduced, d, {}, 1), f) for d in draws)]
+        told = not rough and len(seen) == len(component.factors)
         found[component.name] = {"elementwise": trial[0].elementwise, "quadratic": quadratic and told, "rough": rough, "uniform": uniform}
     return found
 
@@ -141,9 +142,10 @@ def separate(local: LocalModel) -> bool:
 
 
 def _unseen(reduced: Reduced, factor: Factor) -> bool:
-    """Whether a law has nothing observed in the selection, which then says nothing of its curvature."""
-    if reduced.graph.model.variables[factor.variable].missing != "mask":
-        return False
+    """Whether a law has no unit, or nothing observed, in the selection, which then says nothing of its curvature."""
+    v = reduced.graph.model.variables[factor.variable]
+    if not reduced.count(v.plates) or v.missing != "mask":
+        return not reduced.count(v.plates)
     reduced.data[factor.variable]  # read when it is first asked for, and its mask made
     return not bool(reduced.masks[factor.variable].any())
 
