@@ -6,11 +6,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from pavi_scale.errors import WorkerError
 from pavi_scale.server.protocol import Computation
@@ -94,8 +95,14 @@ def blas_threads(count: int | None) -> Iterator[None]:
 
     Its products are small here, and its idle threads turn round and round waiting for the next: a quarter of the processor, taken from those who compute.
     """
-    with threadpool_limits(limits=count, user_api="blas"):
+    with _libraries().limit(limits=count, user_api="blas"):
         yield
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Those of the process, looked for once: each look reads the map of its memory."""
+    return ThreadpoolController()
 
 
 class _Turns:
