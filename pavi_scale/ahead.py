@@ -84,7 +84,11 @@ class Ahead:
             piece = self._waiting.popleft()
             self._fetched[key_of(piece)] = size
             through = not self._busy
-        self._fetch(piece, aside=False, through=through)
+        try:
+            self._fetch(piece, aside=False, through=through)
+        except BaseException:  # the thread ends with it: a later pass begins another one
+            self._going = False
+            raise
         return True
 
     def _begin(self, piece: Any) -> None:

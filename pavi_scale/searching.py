@@ -35,11 +35,9 @@ def begin(rows: Rows) -> tuple[Sites, np.ndarray]:
     units = few_units(study, trainer.seed)
     if units is None:
         return rows.search()
-    ahead = [
-        {"pieces": pieces, "room": rows.room, "share": 1 / engine.processes, "on": False}
-        for pieces in rows.parts(rows.pieces(rows.count)) if rows.room > 0 or engine.processes > 1
-    ]  # fmt: skip
     together = engine.processes > 1  # one has enough to read while the driver searches
+    parts = rows.parts(rows.pieces(rows.count)) if rows.room > 0 or together else []  # one that keeps nothing has the whole pass fetched
+    ahead = [{"pieces": pieces, "room": rows.room, "share": 1 / engine.processes, "on": False} for pieces in parts]
     at_once = FIRST * engine.processes if together else len(ahead)
     rows.fetch_pass()
     if ahead:
