@@ -19,6 +19,7 @@ EFFECTIVE = 10.0  # candidates of a unit that should carry its weight
 LOST = 0.5  # share of a direction's precision that its couplings would take away: at half, the variance there is twice what the fit says
 UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
 PROBED = 2_000
+PARTS = 4  # neighbourhoods that these come from
 Table = tuple[tuple[str, ...], np.ndarray | float]  # dimensions and values
 
 
@@ -72,14 +73,17 @@ def diagnose(
 
 
 def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """All shards of a small study; of a large one, one shard of about `PROBED` units."""
+    """All shards of a small study; of a large one, a few that are spread over it, of about `PROBED` units together."""
     split, layout = computation.settings.split, computation.layout
     finest = [b for c in computation.guide.components for b in c.blocks if b.name in c.finest]
     units = sum(math.prod(layout.cardinality[p] for p in b.plates) for b in finest)
     if split is None or units <= UNITS:
         return tasks
-    count = max(1, int(layout.cardinality[split] * PROBED / units))
-    return [{**tasks[0], "shard": (split, 0, count, True)}]
+    n = layout.cardinality[split]
+    count = max(1, int(n * PROBED / units))
+    edges = np.linspace(0, count, min(count, PARTS) + 1).astype(np.int64)
+    starts = np.linspace(0, n - count, len(edges) - 1).astype(np.int64) + edges[:-1]
+    return [{**tasks[0], "shard": (split, int(a), int(a + size), bool(a == 0))} for a, size in zip(starts, np.diff(edges), strict=True)]
 
 
 def status_of(facts: Mapping[str, Any], poor: Sequence[np.ndarray], root: float | None) -> str:
