@@ -51,7 +51,7 @@ def diagnose(
     plates: dict[str, tuple[str, ...]] = {}
     for component in guide.components:
         for block in component.blocks:
-            name = f"khat_{block.name.replace('*', '_')}"
+            name = khat_name(block.name)
             plates[name] = block.plates
             value = -1.0 if component.quadratic and not block.free else np.nan
             tables[name] = np.full([layout.cardinality[p] for p in block.plates], value)
@@ -60,7 +60,7 @@ def diagnose(
     for answer in answers:
         for key, ratios in answer.items():
             if key.startswith("ratio/"):
-                name = f"khat_{key.removeprefix('ratio/').replace('*', '_')}"
+                name = khat_name(key.removeprefix("ratio/"))
                 at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
                 tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
                 w = np.exp(ratios - ratios.max(0))
@@ -70,6 +70,11 @@ def diagnose(
     found["khat_root"] = (), float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
     found["khat"] = found[max(tables, key=lambda n: tables[n].size)] if tables else found["khat_root"]
     return status_of(facts, poor, root), found
+
+
+def khat_name(block: str) -> str:
+    """What a block's k-hat is called: by its plates, and not as the root's is."""
+    return "khat_root_" if block == "root" else f"khat_{block.replace('*', '_')}"
 
 
 def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

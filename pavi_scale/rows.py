@@ -28,7 +28,7 @@ from pavi_scale.marginal import refit, whitening
 from pavi_scale.miniature import first_selection
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
-from pavi_scale.scores import Scores, whole
+from pavi_scale.scores import ROOT, Scores, whole
 from pavi_scale.server.answer import torch_threads
 from pavi_scale.sites import Centre, Residual, Sites, refreshed, residual, updated
 from pavi_scale.starts import start_points
@@ -299,8 +299,8 @@ class Rows:
         """The largest eigenvalue of S (K - H) S by power iteration: K the sites' precision, H the data's curvature, S posterior sds given all else."""
         blocks, plates = self.upper.blocks, self.trainer.study.layout.plates
         rng = np.random.default_rng(stream(self.trainer.seed, "lost") % 2**63)
-        scale = {b.name: 1.0 if self.split and lies_below(plates, b.plates, (self.split,)) else self.count / size for b in blocks} | {"root": self.count / size}
-        sd = {**centre.sd, "root": centre.root_sd}
+        scale = {b.name: 1.0 if self.split and lies_below(plates, b.plates, (self.split,)) else self.count / size for b in blocks} | {ROOT: self.count / size}
+        sd = {**centre.sd, ROOT: centre.root_sd}
         towards = {n: rng.choice([-1.0, 1.0], x.shape) * (x > 0) for n, x in sd.items()}
         share = 0.0
         for i in range(POWERS):
@@ -308,7 +308,7 @@ class Rows:
             away = {}
             for n, u in towards.items():
                 seen = total[f"along/{n}"]
-                held = sites.root_precision @ (sd[n] * u) if n == "root" else sites.precision[n] * sd[n] * u
+                held = sites.root_precision @ (sd[n] * u) if n == ROOT else sites.precision[n] * sd[n] * u
                 away[n] = np.where(seen == 0, 0.0, sd[n] * (held - scale[n] * seen))
             share = math.sqrt(sum((w**2).sum() for w in away.values()) / sum((u**2).sum() for u in towards.values()))
             size_of = max(max(np.abs(w).max(initial=0.0) for w in away.values()), 1e-12)

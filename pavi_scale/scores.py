@@ -32,6 +32,8 @@ from pavi_scale.plates import Layout, Selection
 from pavi_scale.reduced import Reduced, Value
 from pavi_scale.rng import stream
 
+ROOT = "*"  # stands for the root where blocks stand by their names, which are those of plates
+
 
 def lower(guide: Guide) -> list[Component]:
     """Components without rows."""
@@ -122,7 +124,7 @@ class Probe:
         centre: Free block -> centre of the selected units, `[n, d]`.
         spread: Free block -> half distance.
         apart: Whether each root coordinate has a pair of its own, in which all else stays at the centre: gives the root's whole curvature.
-        towards: Block (and "root") -> direction to look along, in units of the half distances, in place of random signs.
+        towards: Block (and `ROOT`) -> direction to look along, in units of the half distances, in place of random signs.
     """
 
     root: np.ndarray
@@ -143,7 +145,7 @@ class Scores:
         root_curvature: Minus second derivatives, `[R, R]`.
         score: Free block -> `[n, d]`.
         curvature: Free block -> diagonal, `[n, d]`.
-        along: Block (and "root") -> minus half the difference of gradients along the direction asked for.
+        along: Block (and `ROOT`) -> minus half the difference of gradients along the direction asked for.
     """
 
     value: float
@@ -166,13 +168,13 @@ def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Blo
     signs = {b.name: rng.choice([-1.0, 1.0], at.centre[b.name].shape) for b in blocks}
     root_sign = rng.choice([-1.0, 1.0], len(at.root)) * (not at.apart)
     if at.towards is not None:
-        signs, root_sign = {b.name: at.towards[b.name] for b in blocks}, at.towards["root"]
+        signs, root_sign = {b.name: at.towards[b.name] for b in blocks}, at.towards[ROOT]
     value, (root_plus, root_minus), rows = _pair(
         guide, space, reduced, blocks, at, split, first, root_sign * at.root_spread, {b.name: signs[b.name] * at.spread[b.name] for b in blocks}, noise,
     )
     if at.towards is not None:
         along = {b.name: -0.5 * (rows[b.name][0] - rows[b.name][1]) for b in blocks}
-        return Scores(value, np.zeros(0), np.zeros((0, 0)), {}, {}, {**along, "root": -0.5 * (root_plus - root_minus)})
+        return Scores(value, np.zeros(0), np.zeros((0, 0)), {}, {}, {**along, ROOT: -0.5 * (root_plus - root_minus)})
     curvature = np.zeros((len(at.root), len(at.root)))
     if at.apart:
         still = {b.name: np.zeros_like(at.centre[b.name]) for b in blocks}
@@ -235,7 +237,7 @@ def gather(
     looked: dict[str, list[np.ndarray]] = {}
     for number, (reduced, first) in enumerate(pieces):
         rows = {b.name: positions(reduced.selection.layout, reduced.selection, b) for b in blocks}
-        towards = {n: state[f"towards/{n}"][r] for n, r in rows.items()} | {"root": state["towards/root"]} if "towards/root" in state else None
+        towards = {n: state[f"towards/{n}"][r] for n, r in rows.items()} | {ROOT: state[f"towards/{ROOT}"]} if f"towards/{ROOT}" in state else None
         at = Probe(
             state["root/centre"], state["root/spread"], {n: state[f"centre/{n}"][r] for n, r in rows.items()},
             {n: state[f"spread/{n}"][r] for n, r in rows.items()}, apart, towards,
@@ -243,7 +245,7 @@ def gather(
         found = probe(guide, space, reduced, blocks, at, split, first, stream(seed, number))
         parts = {"value": np.asarray(found.value), "root": found.root, "root_curvature": found.root_curvature}
         if towards is not None:
-            parts = {"along/root": found.along.pop("root")}
+            parts = {f"along/{ROOT}": found.along.pop(ROOT)}
         for key, value in parts.items():
             sums[key] = sums[key] + value if key in sums else value
         for kind, tables in (("score", found.score), ("curvature", found.curvature), ("along", found.along)):

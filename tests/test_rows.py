@@ -59,6 +59,26 @@ def ratings(students=40, lecturers=8, count=400, seed=1):
     return model, xr.Dataset({"y": ("rating", y), **index})
 
 
+def test_a_plate_may_be_called_root(monkeypatch):
+    model, data = ratings()
+    renamed = {"student": "root", "lecturer": "lecturer"}
+    again = ps.Model(
+        ps.Plate("root"), ps.Plate("lecturer"), ps.Plate("rating", within=("root", "lecturer")),
+        level=ps.latent(lambda: Normal(0.0, 5.0)), a=ps.latent(lambda: Normal(0.0, 0.8), plates="root"),
+        b=ps.latent(lambda: Normal(0.0, 0.6), plates="lecturer"), y=ps.observed(lambda level, a, b: Normal(level + a + b, 1.0), plates="rating"),
+    )
+    other = data.assign({k: (v.dims, v.values, {"instance_dimension": renamed[v.attrs["instance_dimension"]]}) for k, v in data[["s", "l"]].items()})
+    free(monkeypatch, "student")
+    found = ps.fit(model, data, progress=False)
+    free(monkeypatch, "root")
+    same = ps.fit(again, other, progress=False)
+    assert found.status == same.status
+    for name in ("a", "b", "level"):
+        for group in ("posterior_mean", "posterior_sd"):
+            np.testing.assert_allclose(same.datatree[group][name], found.datatree[group][name], rtol=1e-6, err_msg=name)
+    assert same.datatree["diagnostics"]["khat_root"].shape == ()
+
+
 def trainer(model, data, seed=0):
     made = study.prepare(open_cohort(data, model), seed=seed)
     return Trainer(StudyComputation(made.graph, made.cohort, made.settings), LocalEngine(made.spec), seed, math.inf, lambda *_: None)
