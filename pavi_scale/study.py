@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pavi_scale.batching import closure, most_units, split_plate, splittable
+from pavi_scale.batching import most_units, split_plate
 from pavi_scale.cohort import Cohort, Origin, open_cohort
 from pavi_scale.errors import CohortError, InputError, PlanRefused
 from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
-from pavi_scale.guide.guide import Guide, probe
-from pavi_scale.guide.root import RootSpace
+from pavi_scale.guide.guide import Guide
 from pavi_scale.later import Later
 from pavi_scale.memory import format_bytes, parse_bytes
 from pavi_scale.model.density import Graph
 from pavi_scale.model.template import Model
 from pavi_scale.planning import Plan, make_plan, room_for, swept, swept_chunk, unit_bytes
-from pavi_scale.plates import Layout, ancestors
-from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.server.answer import torch_threads
-from pavi_scale.settings import Settings, make_graph, precision
+from pavi_scale.settings import Settings, make_graph
+from pavi_scale.structure import look
 
 if TYPE_CHECKING:
     from pavi_scale import spec as recipe
@@ -37,8 +35,6 @@ CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is pic
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
 LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
-ENOUGH = 64  # units of a plate over which data are pooled that tell the structure of what hangs on it
-RUNS = 8  # of neighbours among them
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
@@ -210,64 +206,6 @@ def check_supports(graph: Graph, cohort: Cohort) -> None:
                 got=float(x[tuple(at)].flatten()[0]),
                 remedy="choose another law, or correct the data",
             )
-
-
-def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Reduced:
-    """A reduced model of a few units of each splittable plate, and some more of other plates that neither hold nor lie within another.
-
-    They are spread over the plate, and those with the least and largest values of its own covariates are among them: tables are sorted by dose or
-    treatment, and the first units may say nothing.
-    """
-    tops, plates, cardinality = splittable(graph.model, guide.components), graph.model.plates, cohort.layout.cardinality
-    simple = [p for p, plate in plates.items() if not plate.within and not any(p in other.within for other in plates.values())]
-    chosen = {}
-    for p in (*simple, *tops):
-        some = populated(cohort.layout, p)
-        chosen[p] = some[spread(len(some), units if p in tops else ENOUGH)]
-    for v in graph.model.of_kind("covariate"):
-        if len(v.plates) == 1 and v.plates[0] in chosen and cardinality[v.plates[0]] * math.prod(graph.shape(v)) <= LOOKED_AT:
-            x = np.asarray(cohort.read(v.name, {})).reshape(cardinality[v.plates[0]], -1)
-            chosen[v.plates[0]] = np.union1d(chosen[v.plates[0]], np.concatenate([x.argmin(0)[:units], x.argmax(0)[:units]]))
-    selection = closure(cohort.layout, chosen)
-    names = [v.name for v in graph.model.of_kind("observed", "covariate")]
-    return Reduced(graph, selection, Reading(graph, selection, names, cohort))
-
-
-def populated(layout: Layout, plate: str) -> np.ndarray:
-    """Units of a plate that have something below them on as many plates as any of them has."""
-    found = np.zeros(layout.cardinality[plate], np.int64)
-    for below in (p for p in layout.plates if plate in ancestors(layout.plates, p)):
-        found[layout.path(below, plate)] += 1
-    return np.flatnonzero(found == found.max(initial=0))
-
-
-def spread(count: int, few: int) -> np.ndarray:
-    """Positions of a few of so many units, in runs of neighbours (which lie in few chunks) from the first to the last."""
-    runs = min(RUNS, few)
-    length = few // runs
-    starts = np.unique(np.linspace(0, max(count - length, 0), runs).astype(np.int64))
-    return np.unique(np.minimum(starts[:, None] + np.arange(length), count - 1))
-
-
-def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: int) -> dict[str, dict[str, Any]]:
-    """Structure of the components, probed on a few units at values drawn from the prior."""
-    guide = Guide(graph, free)
-    if not guide.components:
-        return {}
-    with precision(torch.float64):
-        reduced = small_reduced(graph, cohort, guide, 3)
-        space = RootSpace(graph, reduced)
-        draws = []
-        for z in torch.from_numpy(space.prior_draws(2, seed)).split(1):
-            values: dict[str, Value] = dict(space.values(z))
-            for block in guide.blocks:
-                for latent in block.latents:
-                    mean = reduced.prior_mean(latent, values)
-                    link, v = graph.links[latent], graph.model.variables[latent]
-                    noisy = mean + 0.3 * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-                    values[latent] = Value(link.forward(noisy), v.plates)
-            draws.append(values)
-        return probe(graph, free, reduced, draws)
 
 
 def describe(study: Study) -> str:

@@ -177,7 +177,10 @@ def extend(computation: StudyComputation, state: Mapping[str, np.ndarray], facts
     opened = open_cohort(new, computation.graph.model)
     opened.check_values()
     study = prepare(opened, seed=seed)
-    settings = replace(computation.settings, split=study.settings.split)
+    # A law that is linear for all units of the old cohort need not be so for the new ones.
+    known, found = computation.settings.structure, study.settings.structure
+    structure = {name: found[name] if old["quadratic"] and not found[name]["quadratic"] else old for name, old in known.items()}
+    settings = replace(computation.settings, split=study.settings.split, structure=structure)
     study = replace(study, settings=settings)
     kept = {k: v for k, v in state.items() if not k.startswith(("residual/", "start/", "modes/"))}
     run = Run.create(None)

@@ -173,3 +173,98 @@ def test_a_posterior_of_a_sorted_table():
     mean, sd = (posterior.datatree[group]["theta"].values for group in ("posterior_mean", "posterior_sd"))
     assert np.abs((mean - theta) / sd).max() < 4  # 17 where only the first 64 subjects were looked at
     assert posterior.status == "ok"
+
+
+def _told(law, *, dims=(), **columns):
+    """The component of one latent per unit, whose data follow a law of it and of the unit's covariates."""
+    n = len(next(iter(columns.values())))
+    shape = {"sizes": {d: 3 for d in dims}} if dims else {}
+    model = ps.Model(
+        ps.Plate("unit"),
+        **shape,
+        **{name: ps.covariate(plates="unit") for name in columns},
+        a=ps.latent(lambda: Normal(0.0, 1.0), plates="unit", dims=dims),
+        y=ps.observed(law, plates="unit", dims=dims),
+    )
+    y = np.random.default_rng(5).normal(size=(n, *(3 for _ in dims)))
+    data = xr.Dataset({"y": (("unit", *dims), y), **{name: ("unit", column) for name, column in columns.items()}})
+    (component,) = oracle.compute(model, data).guide.components
+    return component
+
+
+def _contiguous(n, few):
+    kind = np.zeros(n)
+    kind[n // 3 : n // 3 + few] = 1.0
+    return kind
+
+
+ORDER = np.random.default_rng(1).permutation(400)
+KINDS = {
+    "one cell of a shuffled design": {"one": (np.arange(400) // 200)[ORDER] * 1.0, "two": (np.arange(400) // 100 % 2)[ORDER] * 1.0},
+    "a kind between others": {"one": np.repeat([0.0, 1.0, 2.0], [120, 60, 220]), "two": np.ones(400)},
+    "a kind between others, one unit": {"one": np.where(np.arange(30_000) == 17_321, 1.0, np.arange(30_000) % 2 * 2.0), "two": np.ones(30_000)},
+    "neighbours": {"one": _contiguous(30_000, 5_000), "two": np.ones(30_000)},
+    "one in a million": {"one": _contiguous(1_000_000, 1), "two": np.ones(1_000_000)},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_law_that_is_bent_for_some_units_is_not_quadratic(name):
+    columns = KINDS[name]
+    inside = lambda one, two: ((one == 1.0) & (two == 1.0)).to(torch.float64)  # noqa: E731
+    assert not _told(lambda a, one, two: Normal(a + 0.3 * inside(one, two) * a**3, 0.3), **columns).quadratic
+    assert not _told(lambda a, one, two: Normal(torch.where(inside(one, two) > 0, (2 * a).exp(), a), 0.3), **columns).quadratic
+    assert _told(lambda a, one, two: Normal(a + 0.3 * inside(one, two) * 2.0 * a, 0.3 + 0.1 * two), **columns).quadratic
+
+
+def test_a_threshold_in_a_covariate_is_found():
+    dose = np.random.default_rng(2).uniform(0.0, 10.0, 20_000)
+    assert not _told(lambda a, dose: Normal(torch.where((dose > 4.0) & (dose < 4.1), a.abs() * a, a), 0.3), dose=dose).quadratic
+    assert _told(lambda a, dose: Normal(torch.where((dose > 4.0) & (dose < 4.1), 2.0 * a, a), 0.3), dose=dose).quadratic
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)])
+def test_events_that_meet_for_some_units_are_not_separate(pair):
+    one, other = pair
+
+    def law(a, one_cell, *, mixed):
+        share = torch.zeros(3, dtype=a.dtype)
+        share[one] = 1.0
+        return Normal(a + mixed * one_cell * share * a[..., other : other + 1], 0.3)
+
+    columns = {"one_cell": (np.arange(5_000) == 2_777) * 1.0}
+    assert _told(lambda a, one_cell: law(a, one_cell, mixed=0.0), dims=("event",), **columns).elementwise
+    assert not _told(lambda a, one_cell: law(a, one_cell, mixed=0.5), dims=("event",), **columns).elementwise
+
+
+def test_of_a_larger_table_neighbourhoods_all_over_it_are_tried(monkeypatch):
+    monkeypatch.setattr("pavi_scale.structure.TRIED", 10_000)
+    law = lambda a, one: Normal(a + 0.3 * (one == 1.0) * a**3, 0.3)  # noqa: E731
+    assert not _told(law, one=_contiguous(100_000, 3_000) + 2.0 * (np.arange(100_000) > 90_000)).quadratic
+    assert _told(lambda a, one: Normal(a * one, 0.3), one=_contiguous(100_000, 3_000)).quadratic
+
+
+def test_units_of_a_bent_cell_have_the_posterior_that_quadrature_finds():
+    treated, late = KINDS["one cell of a shuffled design"].values()
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=400)
+    bent = (1 - treated) * late
+    y = a + bent * 0.3 * a**3 + 0.3 * rng.normal(size=400)
+    model = ps.Model(
+        ps.Plate("unit"), treated=ps.covariate(plates="unit"), late=ps.covariate(plates="unit"),
+        a=ps.latent(lambda: Normal(0.0, 1.0), plates="unit"),
+        y=ps.observed(lambda a, treated, late: Normal(a + (1 - treated) * late * 0.3 * a**3, 0.3), plates="unit"),
+    )
+    data = xr.Dataset({"y": ("unit", y), "treated": ("unit", treated), "late": ("unit", late)})
+    grid = np.linspace(-6.0, 6.0, 20_001)
+    log = -0.5 * grid**2 - 0.5 * ((y[:, None] - grid - 0.3 * bent[:, None] * grid**3) / 0.3) ** 2
+    weight = np.exp(log - log.max(1, keepdims=True))
+    weight /= weight.sum(1, keepdims=True)
+    mean = weight @ grid
+    sd = np.sqrt(weight @ grid**2 - mean**2)
+    # Once all units are fitted, once those of the other cells, by whom the law is linear, and all are new.
+    for posterior in (ps.fit(model, data, progress=False), ps.fit(model, data.isel(unit=bent == 0), progress=False).extend(data)):
+        assert posterior.status == "ok"
+        assert np.abs((posterior.datatree["posterior_mean"]["a"].values - mean) / sd).max() < 0.1
+        assert np.abs(np.log(posterior.datatree["posterior_sd"]["a"].values / sd)).max() < 0.1
+        assert float(posterior.diagnostics["khat"].max()) > -1.0
