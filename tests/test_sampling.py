@@ -200,10 +200,12 @@ def test_a_group_without_observations_has_an_encoding_too(encoding):
         w=ps.observed(lambda a: Normal(a, 5.0), plates="g"), y=ps.observed(lambda a: StudentT(3.0, a, 1.0), plates="o"),
     )  # fmt: skip
     cohort = _known()[1].assign(w=("g", np.array([0.0, 1.0, 2.0, 1.0])))
-    posterior = ps.fit(model, cohort, seed=0, encoding=encoding, progress=False)
-    whole = posterior.sample(7)["a"]
-    for g in "ca":
-        np.testing.assert_allclose(posterior.sample(7, g=g)["a"].values, whole.sel(g=g).values, rtol=1e-9)
+    for study in ((model, cohort), _below_counts()):
+        posterior = ps.fit(*study, seed=0, encoding=encoding, progress=False)
+        whole = posterior.sample(7)["a"]
+        for g in "ca":
+            np.testing.assert_allclose(posterior.sample(7, g=g)["a"].values, whole.sel(g=g).values, rtol=1e-9)
+            np.testing.assert_allclose(posterior.datatree["posterior"]["a"].sel(g=g).values[0, :7], whole.sel(g=g).values, rtol=1e-9)  # alone
 
 
 def test_another_seed_is_another_stream_and_the_same_seed_the_same():
