@@ -70,6 +70,21 @@ def test_log_likelihood_is_that_of_torch(posterior):
     assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "group")
 
 
+def test_no_units_give_empty_arrays_as_in_xarray(posterior):
+    drawn, replicates = posterior.sample(4), posterior.predict(4)
+    for sel in ({"group": []}, {"group": slice("x", "z")}):
+        xr.testing.assert_identical(posterior.sample(4, **sel), drawn.sel(sel))
+    assert posterior.sample(4, group=[])["theta"].shape == (4, 0)
+    none = posterior.predict(4, obs=[])
+    xr.testing.assert_identical(none, replicates.isel(obs=[]))
+    assert none["x"].shape == (4, 0)
+    nothing = posterior.predict(4, k=[], group="c")["y"]
+    assert (nothing.dims, nothing.shape) == (("draw", "k"), (4, 0))
+    assert posterior.quantile("theta", 0.5, group=[]).shape == (0,)
+    lazy = posterior.datatree["posterior_predictive"].dataset
+    assert lazy["x"].isel(obs=[]).values.shape == (1, 1000, 0)
+
+
 def test_wrong_requests(posterior):
     for wrong in ({"draws": 0}, {"seed": -1}, {"planet": 3}, {"group": "z"}, {"draws": True}):
         with pytest.raises(InputError):
