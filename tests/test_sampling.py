@@ -284,3 +284,13 @@ def test_elbo_of_the_exact_guide_is_the_evidence_without_error():
         assert nats == pytest.approx(evidence, abs=1e-8)
         assert error < 1e-8
         assert 1 <= shard_length(sampler.computation) <= 3
+
+
+@pytest.mark.parametrize("particles", [2, 3, 4])
+def test_the_standard_error_of_few_particles_is_the_spread_over_seeds(particles):
+    # A root near the fit: far from it the bound has tails that two hundred seeds do not average out.
+    sampler = _sampler("bernoulli")
+    narrow = GuideSampler(sampler.computation, {**sampler.state, "root/raw": np.log(0.2) * np.eye(2)}, base=3)
+    found = np.array([narrow.elbo(particles, seed) for seed in range(200)])
+    assert np.isfinite(found).all()
+    assert (found[:, 1] ** 2).mean() == pytest.approx(found[:, 0].var(), rel=0.4)

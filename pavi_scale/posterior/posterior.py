@@ -191,9 +191,20 @@ class Posterior:
         return {p: int(lengths[p]) for p in latent.plates if p in lengths}
 
     def elbo(self, particles: int = 16, seed: int = 0) -> tuple[float, float]:
-        """Evidence lower bound on the full data: (nats, standard error)."""
-        if isinstance(particles, bool) or not isinstance(particles, (int, np.integer)) or particles < 1:
-            raise InputError("the number of particles must be a positive integer", where="elbo", got=repr(particles))
+        """Evidence lower bound on the full data: (nats, standard error).
+
+        Args:
+            particles: Number of draws that it is averaged over, at least 2: one tells nothing about the spread that the standard error is made of.
+            seed: Stream of draws.
+
+        Raises:
+            InputError: `particles` is no integer above one.
+        """
+        if isinstance(particles, bool) or not isinstance(particles, (int, np.integer)) or particles < 2:
+            raise InputError(
+                "the number of particles must be an integer of at least 2", where="elbo", expected="two or more: the standard error is that of their mean",
+                got=repr(particles), remedy="raise particles",
+            )  # fmt: skip
         nats, error = self._context.sampler.elbo(int(particles), int(seed))
         return float(nats), float(error)
 
