@@ -44,7 +44,10 @@ class ConditionalFlow(nn.Module):
         """u' and log |du'/du|; u `[..., features]`, context `[..., context]`."""
         shift, log_scale = self.affine(context).split(self.features, -1)
         log_scale = 3.0 * torch.tanh(log_scale / 3.0)
-        moved, log_det = self.spline(context).transform.call_and_ladj(shift + log_scale.exp() * u)
+        inner = shift + log_scale.exp() * u
+        if inner.numel() == 0:  # of no units; zuko cannot sum over their features
+            return inner, log_scale.sum(-1)
+        moved, log_det = self.spline(context).transform.call_and_ladj(inner)
         return moved, log_det + log_scale.sum(-1)
 
     def inverse(self, moved: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch.distributions import Bernoulli, Normal, Poisson
+from torch.distributions import Bernoulli, Normal, Poisson, StudentT
 
 import pavi_scale as ps
 from pavi_scale.computation import StudyComputation
@@ -66,7 +66,37 @@ def _crossed():
     return model, xr.Dataset({"y": (("student", "item"), _rng().integers(0, 2, (4, 3)).astype(float))})
 
 
-OTHERS = {"bernoulli": _bernoulli, "poisson, three levels": _poisson, "bernoulli, crossed": _crossed}
+def _childless(**variables):
+    """Four groups, the third without observations."""
+    model = ps.Model(ps.Plate("g"), ps.Plate("o", within="g"), mu=ps.latent(lambda: Normal(0.0, 1.0)), s=ps.latent(lambda: Normal(0.0, 1.0)), **variables)
+    return model, xr.Dataset({"y": ("o", np.array([0.0, 1.0, 0.0, 3.0, 1.0, 2.0])), **_index("o", "g", [0, 0, 1, 1, 3, 3])}, coords={"g": list("abcd")})
+
+
+def _known():  # no root enters the observations: they are summed up once
+    return _childless(
+        a=ps.latent(lambda mu: Normal(mu, 2.0), plates="g"),
+        y=ps.observed(lambda a: Normal(a, 1.0), plates="o"),
+    )
+
+
+def _below():  # a latent of each observation, alike in all
+    return _childless(
+        a=ps.latent(lambda mu: Normal(mu, 2.0), plates="g"),
+        z=ps.latent(lambda a: Normal(a, 1.0), plates="o"),
+        y=ps.observed(lambda z: Normal(z, 1.0), plates="o"),
+    )
+
+
+def _below_counts():
+    return _childless(
+        a=ps.latent(lambda mu, s: Normal(mu, s.exp()), plates="g"),
+        z=ps.latent(lambda a: Normal(a, 1.0), plates="o"),
+        y=ps.observed(lambda z: Poisson(z.exp()), plates="o"),
+    )
+
+
+CHILDLESS = {"known": _known, "below": _below, "below, counts": _below_counts}
+OTHERS = {"bernoulli": _bernoulli, "poisson, three levels": _poisson, "bernoulli, crossed": _crossed} | CHILDLESS
 GAUSSIAN = ["ragged", "two_latents", "three_levels", "dense_events", "crossed", "crossed_events", "swapped_axes"]
 DRAWS = 12
 
@@ -139,6 +169,43 @@ def test_draws_do_not_depend_on_how_many_are_computed_at_once(name, chunk):
 def test_a_unit_with_nothing_below_it_can_be_asked_for_alone():
     found = _sampler("ragged").draw(["alpha"], np.arange(DRAWS), {"county": np.array([2])})
     np.testing.assert_allclose(found["alpha"], _whole("ragged")["alpha"][:, 2:3], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", CHILDLESS)
+def test_a_group_without_observations_alone_has_the_draws_it_has_among_others(name):
+    sampler = _sampler(name)
+    for names in (["a"], [n for n in _names(sampler) if n != "s"]):
+        found = sampler.draw(names, np.arange(DRAWS), {"g": np.array([2])})
+        np.testing.assert_allclose(found["a"], _whole(name)["a"][:, 2:3], rtol=1e-9)
+    # Shards of one group, that one among them.
+    assert shard_length(_sampler(name, 1).computation) == 1
+    assert np.isfinite(_sampler(name, 1).elbo(4, 0)).all()
+
+
+def test_a_group_without_observations_follows_its_prior_given_the_mean_of_groups():
+    posterior = ps.fit(*_known(), seed=0, progress=False)
+    count = 4000
+    alone = posterior.sample(count, g="c")
+    np.testing.assert_array_equal(alone["a"].values, posterior.sample(count)["a"].sel(g="c").values)
+    np.testing.assert_array_equal(posterior.datatree["posterior"]["a"].sel(g="c").values[0], alone["a"].values[:1000])
+    white = (alone["a"].values - alone["mu"].values) / 2.0
+    assert stats.kstest(white, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(white, alone["mu"].values)[0, 1]) < 4 / np.sqrt(count)
+
+
+@pytest.mark.parametrize("encoding", ["encoder", "hybrid"])
+def test_a_group_without_observations_has_an_encoding_too(encoding):
+    model = ps.Model(
+        ps.Plate("g"), ps.Plate("o", within="g"), mu=ps.latent(lambda: Normal(0.0, 1.0)), a=ps.latent(lambda mu: Normal(mu, 2.0), plates="g"),
+        w=ps.observed(lambda a: Normal(a, 5.0), plates="g"), y=ps.observed(lambda a: StudentT(3.0, a, 1.0), plates="o"),
+    )  # fmt: skip
+    cohort = _known()[1].assign(w=("g", np.array([0.0, 1.0, 2.0, 1.0])))
+    for study in ((model, cohort), _below_counts()):
+        posterior = ps.fit(*study, seed=0, encoding=encoding, progress=False)
+        whole = posterior.sample(7)["a"]
+        for g in "ca":
+            np.testing.assert_allclose(posterior.sample(7, g=g)["a"].values, whole.sel(g=g).values, rtol=1e-9)
+            np.testing.assert_allclose(posterior.datatree["posterior"]["a"].sel(g=g).values[0, :7], whole.sel(g=g).values, rtol=1e-9)  # alone
 
 
 def test_another_seed_is_another_stream_and_the_same_seed_the_same():
@@ -217,3 +284,13 @@ def test_elbo_of_the_exact_guide_is_the_evidence_without_error():
         assert nats == pytest.approx(evidence, abs=1e-8)
         assert error < 1e-8
         assert 1 <= shard_length(sampler.computation) <= 3
+
+
+@pytest.mark.parametrize("particles", [2, 3, 4])
+def test_the_standard_error_of_few_particles_is_the_spread_over_seeds(particles):
+    # A root near the fit: far from it the bound has tails that two hundred seeds do not average out.
+    sampler = _sampler("bernoulli")
+    narrow = GuideSampler(sampler.computation, {**sampler.state, "root/raw": np.log(0.2) * np.eye(2)}, base=3)
+    found = np.array([narrow.elbo(particles, seed) for seed in range(200)])
+    assert np.isfinite(found).all()
+    assert (found[:, 1] ** 2).mean() == pytest.approx(found[:, 0].var(), rel=0.4)

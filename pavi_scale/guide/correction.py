@@ -6,6 +6,7 @@ encoding, serves a whole plate. Hybrid blocks add one residual row (shift, log s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,25 +57,30 @@ class BlockCorrection(nn.Module):
 def observations(reduced: Reduced, block: Block) -> tuple[Tensor, Tensor]:
     """Features `[m, inputs]` of all observations below the block's units (values, then their covariates), and their unit `[m]`."""
     v = below(reduced, block)
-    own = reduced.data[v].reshape(reduced.count(reduced.graph.model.variables[v].plates), -1)
     variable = reduced.graph.model.variables[v]
     sizes = reduced.sizes(variable.plates)
+    own = _flat(reduced.data[v], sizes)
     parts = [own]
     for parent in variable.parents:
         if parent in reduced.data:
             aligned = reduced.aligned(parent, variable.plates, {})
             shape = [s if p in aligned.axes else 1 for p, s in zip(variable.plates, sizes, strict=True)]
             event = aligned.value.shape[len(aligned.axes) :]
-            parts.append(aligned.value.reshape(*shape, *event).expand(*sizes, *event).reshape(len(own), -1))
+            parts.append(_flat(aligned.value.reshape(*shape, *event).expand(*sizes, *event), sizes))
     index = reduced.unit_index(variable.plates, block.plates)
     return torch.cat(parts, -1), torch.arange(len(own)) if index is None else index
 
 
+def _flat(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Values of each unit in a row, `[m, inputs]`, also of no units."""
+    return values.reshape(math.prod(sizes), math.prod(values.shape[len(sizes) :]))
+
+
 def below(reduced: Reduced, block: Block) -> str:
-    """The observed variable with most values below the block's units."""
-    model = reduced.graph.model
+    """The observed variable with most values below the block's units: in the whole cohort, so that every selection has the same."""
+    model, cardinality = reduced.graph.model, reduced.selection.layout.cardinality
     found = [v for v in model.of_kind("observed") if lies_below(model.plates, v.plates, block.plates)]
-    return max(found, key=lambda v: reduced.count(v.plates)).name
+    return max(found, key=lambda v: math.prod(cardinality[p] for p in v.plates)).name
 
 
 class Corrections(nn.Module):

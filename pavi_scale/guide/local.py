@@ -243,7 +243,7 @@ def resample(core: Core, found: Candidates, uniforms: Mapping[str, Tensor]) -> d
     out = {}
     for block in local.component.blocks:
         zb = found.sample.z[block.name]
-        grouped = zb.reshape(k, -1, *zb.shape[1:])
+        grouped = zb.unflatten(0, (k, -1))
         if block.name in found.log_weight:
             share = torch.softmax(found.log_weight[block.name], 1).cumsum(1)
             pick = (share < uniforms[block.name][:, None, :] * share[:, -1:, :]).sum(1).clamp_max(grouped.shape[1] - 1)

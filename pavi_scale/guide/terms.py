@@ -92,7 +92,7 @@ class Laws:
     def join(self, block: Block, parts: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split` over all latents of the block."""
         c, _ = self.component.shape(block)
-        flat = [parts[n].reshape(*parts[n].shape[:2], c, -1) for n in block.latents]
+        flat = [parts[n].reshape(*parts[n].shape[:2], c, len(self.component.columns(block, n))) for n in block.latents]
         return torch.cat(flat, -1)
 
     def values(self, z: Mapping[str, Tensor]) -> dict[str, Value]:
@@ -138,7 +138,10 @@ class Laws:
             found = self.reduced.log_prob(factor.variable, values)
             term = found.reshape(len(found), -1) + jacobian
             (gradient,) = torch.autograd.grad(term.sum(), z, create_graph=True)
-            columns = [torch.autograd.grad(gradient[..., i].sum(), z, retain_graph=True, materialize_grads=True)[0] for i in range(e)]
+            if gradient.requires_grad:
+                columns = [torch.autograd.grad(gradient[..., i].sum(), z, retain_graph=True, materialize_grads=True)[0] for i in range(e)]
+            else:  # the law has no units here: of groups without observations, say
+                columns = [torch.zeros_like(z)] * e
         value = scatter(torch.zeros_like(z[..., 0, 0]), self.reduced.unit_index(v.plates, block.plates), term)
         return Absorbed(block.name, value.detach(), gradient.detach(), -torch.stack(columns, -1))
 
@@ -224,7 +227,7 @@ class Laws:
         if second and not differentiable and self._has_labels(factor):
             return self._by_labels(factor, z)
         value, copies = self._copies(factor, z, differentiable)
-        uniform = factor.variable in self.component.uniform
+        uniform = factor.variable in self.component.uniform and value.shape[1] > 0  # of no units there is none that stands for all
         first = torch.autograd.grad(value.sum(), list(copies.values()), create_graph=differentiable or (second and not uniform), materialize_grads=True)
         grads = {n: g if differentiable else g.detach() for n, g in zip(copies, first, strict=True)}
         hess: dict[Pair, Tensor] = {}

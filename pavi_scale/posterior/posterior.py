@@ -19,7 +19,7 @@ from pavi_scale.posterior.groups import all_groups, stored_group
 from pavi_scale.posterior.predictive import Replicates
 from pavi_scale.posterior.reducing import Summary, exceedances, in_memory, in_store, piece_lengths, quantiles, reduce_draws
 from pavi_scale.posterior.sampler import DRAWS, Context, Latent, Sampler, fetch, load
-from pavi_scale.posterior.selecting import select
+from pavi_scale.posterior.selecting import Selected, select
 from pavi_scale.run import Run
 
 MEMORY = "512 MiB"  # of a summary's draws and result
@@ -98,7 +98,9 @@ class Posterior:
         Raises:
             InputError: Unknown dimension or label, or `draws` is no positive integer.
         """
-        return self._drawn("sample", self._sampler(seed), self._context.latents, draws, seed, sel)
+        _count(draws, "sample")
+        latents = self._context.latents
+        return _drawn(self._sampler(seed), latents, draws, select(self._context, latents, sel, "sample"), seed)
 
     def predict(self, draws: int = 100, seed: int = 0, **sel: Any) -> xr.Dataset:
         """Replicated observed variables of a selection, in memory, dims (draw, *plates, *dims): what the model expects to see again.
@@ -109,23 +111,17 @@ class Posterior:
         Args:
             draws: Number of replicates.
             seed: Stream of draws.
-            **sel: As for `sample`, of the observed variables' plates and event dimensions.
+            **sel: As for `sample`, of the observed variables' plates and event dimensions, and of the plates that these lie within: `county="AITKIN"`
+                leaves the houses of that county, in the cohort's order. Several such selections leave the units that lie within all of them.
 
         Raises:
-            InputError: As for `sample`.
+            InputError: As for `sample`; also a single unit that does not lie within the one named beside it.
         """
         self._sampler(seed)
+        _count(draws, "predict")
         replicates = Replicates(self._context, int(seed))
-        return self._drawn("predict", replicates, replicates.variables(), draws, seed, sel)
-
-    def _drawn(self, what: str, sampler: Sampler, latents: Sequence[Latent], draws: int, seed: int, sel: Mapping[str, Any]) -> xr.Dataset:
-        _count(draws, what)
-        chosen = select(self._context, latents, sel, what)
-        values = fetch(sampler, latents, np.arange(draws), chosen.picks)
-        data = {}
-        for v in latents:
-            data[v.name] = (("draw", *chosen.kept(v)), values[v.name][(slice(None), *(0 if d in chosen.scalar else slice(None) for d in v.axes))])
-        return xr.Dataset(data, coords={"draw": np.arange(draws), **chosen.coords}, attrs={"seed": int(seed)})
+        variables = replicates.variables()
+        return _drawn(replicates, variables, draws, select(self._context, variables, sel, "predict", below=True), seed)
 
     def quantile(self, latent: str, q: Any, *, draws: int = DRAWS, seed: int = 0, store: Any = None, memory: str | int = MEMORY, **sel: Any) -> xr.DataArray:
         """Quantiles of a latent's draws, unit by unit, dims (quantile, *plates, *dims); a single `q` adds no dimension.
@@ -195,9 +191,20 @@ class Posterior:
         return {p: int(lengths[p]) for p in latent.plates if p in lengths}
 
     def elbo(self, particles: int = 16, seed: int = 0) -> tuple[float, float]:
-        """Evidence lower bound on the full data: (nats, standard error)."""
-        if isinstance(particles, bool) or not isinstance(particles, (int, np.integer)) or particles < 1:
-            raise InputError("the number of particles must be a positive integer", where="elbo", got=repr(particles))
+        """Evidence lower bound on the full data: (nats, standard error).
+
+        Args:
+            particles: Number of draws that it is averaged over, at least 2: one tells nothing about the spread that the standard error is made of.
+            seed: Stream of draws.
+
+        Raises:
+            InputError: `particles` is no integer above one.
+        """
+        if isinstance(particles, bool) or not isinstance(particles, (int, np.integer)) or particles < 2:
+            raise InputError(
+                "the number of particles must be an integer of at least 2", where="elbo", expected="two or more: the standard error is that of their mean",
+                got=repr(particles), remedy="raise particles",
+            )  # fmt: skip
         nats, error = self._context.sampler.elbo(int(particles), int(seed))
         return float(nats), float(error)
 
@@ -277,6 +284,15 @@ class Posterior:
         cells = "".join("<tr>" + "".join(f"<td style='text-align:left'>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
         head = "<tr><th>latent</th><th>dims</th><th>size</th><th>a draw</th></tr>"
         return f"<div><strong>pavi_scale.Posterior</strong><table>{facts}</table><table>{head}{cells}</table></div>"
+
+
+def _drawn(sampler: Sampler, latents: Sequence[Latent], draws: int, chosen: Selected, seed: int) -> xr.Dataset:
+    """The first draws of a selection, in memory, without the dimensions that single labels were given for."""
+    values = fetch(sampler, latents, np.arange(draws), chosen.picks)
+    data = {}
+    for v in latents:
+        data[v.name] = (("draw", *chosen.kept(v)), values[v.name][(slice(None), *(0 if d in chosen.scalar else slice(None) for d in v.axes))])
+    return xr.Dataset(data, coords={"draw": np.arange(draws), **chosen.coords}, attrs={"seed": int(seed)})
 
 
 def _count(draws: int, what: str) -> None:

@@ -141,12 +141,17 @@ def fetch(sampler: Sampler, latents: Sequence[Latent], draws: np.ndarray, picks:
     """
     drawn_set, draw_back = np.unique(np.asarray(draws, dtype=np.int64), return_inverse=True)
     unique = {name: np.unique(np.asarray(p, dtype=np.int64), return_inverse=True) for name, p in picks.items()}
-    plates = {p for v in latents for p in v.plates}
+    nowhere = {name for name, (found, _) in unique.items() if len(found) == 0}
+    wanted = [v for v in latents if not nowhere.intersection(v.axes)]  # of no units there is nothing to compute
+    plates = {p for v in wanted for p in v.plates}
     units = {name: found for name, (found, _) in unique.items() if name in plates}
     with _drawing:
-        drawn = sampler.draw([v.name for v in latents], drawn_set, units)
+        drawn = sampler.draw([v.name for v in wanted], drawn_set, units) if wanted else {}
     out = {}
     for v in latents:
+        if v not in wanted:
+            out[v.name] = np.empty((len(draw_back), *(len(picks[d]) if d in picks else n for d, n in zip(v.axes, v.shape, strict=True))), v.dtype)
+            continue
         values = np.asarray(drawn[v.name])
         expected = (len(drawn_set), *(len(units[d]) if d in units else n for d, n in zip(v.axes, v.shape, strict=True)))
         if values.shape != expected:

@@ -179,6 +179,12 @@ def test_bad_requests(posterior: Posterior, arguments: dict[str, object], match:
         posterior.sample(**arguments)
 
 
+@pytest.mark.parametrize("particles", [1, 0, -3, True, 2.0, "8"])
+def test_a_bound_of_fewer_than_two_particles_has_no_standard_error(posterior: Posterior, particles: object) -> None:
+    with pytest.raises(InputError, match="at least 2.*standard error"):
+        posterior.elbo(particles)
+
+
 def test_the_rest_of_the_object(posterior: Posterior, finished: Path) -> None:
     assert posterior.run == str(finished)
     assert posterior.status == "ok"

@@ -70,6 +70,81 @@ def test_log_likelihood_is_that_of_torch(posterior):
     assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "group")
 
 
+def test_no_units_give_empty_arrays_as_in_xarray(posterior):
+    drawn, replicates = posterior.sample(4), posterior.predict(4)
+    for sel in ({"group": []}, {"group": slice("x", "z")}):
+        xr.testing.assert_identical(posterior.sample(4, **sel), drawn.sel(sel))
+    assert posterior.sample(4, group=[])["theta"].shape == (4, 0)
+    none = posterior.predict(4, obs=[])
+    xr.testing.assert_identical(none, replicates.isel(obs=[]))
+    assert none["x"].shape == (4, 0)
+    nothing = posterior.predict(4, k=[], group="c")["y"]
+    assert (nothing.dims, nothing.shape) == (("draw", "k"), (4, 0))
+    assert posterior.quantile("theta", 0.5, group=[]).shape == (0,)
+    lazy = posterior.datatree["posterior_predictive"].dataset
+    assert lazy["x"].isel(obs=[]).values.shape == (1, 1000, 0)
+
+
+def test_a_group_s_label_leaves_the_observations_within_it(posterior):
+    whole = posterior.predict(4)
+    index = posterior.datatree["constant_data"]["obs_group"].values
+    for group, at in (("c", [2]), (["d", "a"], [0, 3]), (slice("b", "c"), [1, 2])):
+        found = posterior.predict(4, group=group)
+        np.testing.assert_array_equal(found["x"].values, whole["x"].isel(obs=np.flatnonzero(np.isin(index, at))).values)
+        xr.testing.assert_identical(found["n"], whole["n"].sel(group=group))
+
+
+CROSSED = ps.Model(
+    ps.Plate("school"), ps.Plate("student", within="school"), ps.Plate("lecturer"), ps.Plate("rating", within=("student", "lecturer")), ps.Plate("year"),
+    mu=ps.latent(lambda: Normal(0.0, 1.0)),
+    a=ps.latent(lambda mu: Normal(mu, 1.0), plates="student"),
+    b=ps.latent(lambda: Normal(0.0, 1.0), plates="lecturer"),
+    y=ps.observed(lambda a, b: Normal(a + b, 1.0), plates="rating"),
+    z=ps.observed(lambda a: Normal(a, 1.0), plates=("student", "year")),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def crossed():
+    school, student, lecturer = np.array([0, 1, 1, 2]), np.array([0, 0, 1, 2, 2, 1]), np.array([0, 1, 1, 0, 1, 0])
+    rng = np.random.default_rng(0)
+    cohort = xr.Dataset(
+        {
+            "y": ("rating", rng.normal(size=6)), "z": (("student", "year"), rng.normal(size=(4, 2))),
+            "of_school": ("student", school, {"instance_dimension": "school"}),
+            "of_student": ("rating", student, {"instance_dimension": "student"}),
+            "by": ("rating", lecturer, {"instance_dimension": "lecturer"}),
+        },
+        coords={"lecturer": ["li", "mo"], "rating": list("uvwxyz"), "year": [2001, 2002]},
+    )  # fmt: skip
+    return ps.fit(CROSSED, cohort, seed=0, progress=False), school[student], lecturer
+
+
+@pytest.mark.parametrize("sel", [{"school": 1}, {"school": [2, 0]}, {"school": slice(0, 0)}, {"school": 2}])
+@pytest.mark.parametrize("by", [{}, {"lecturer": "mo"}, {"lecturer": ["mo", "li"]}])
+def test_plates_above_crossed_and_dense_ones_restrict_what_lies_within(crossed, sel, by):
+    posterior, schools, lecturers = crossed
+    whole, found = posterior.predict(5), posterior.predict(5, **sel, **by)
+    wanted = np.atleast_1d(np.arange(3)[sel["school"]])
+    people = np.atleast_1d([["li", "mo"].index(name) for name in np.atleast_1d(by.get("lecturer", ["li", "mo"]))])
+    ratings = np.flatnonzero(np.isin(schools, wanted) & np.isin(lecturers, people))
+    students = np.flatnonzero(np.isin([0, 1, 1, 2], wanted))
+    xr.testing.assert_equal(found["y"].drop_vars("lecturer", errors="ignore"), whole["y"].isel(rating=ratings))
+    xr.testing.assert_equal(found["z"].drop_vars("lecturer", errors="ignore"), whole["z"].isel(student=students))
+    assert set(found.sizes) == {"draw", "rating", "student", "year"}
+
+
+def test_units_named_beside_their_group(crossed):
+    posterior = crossed[0]
+    whole = posterior.predict(5)["y"]
+    np.testing.assert_array_equal(posterior.predict(5, school=1, rating=["y", "u", "x"])["y"].values, whole.sel(rating=["y", "x"]).values)
+    np.testing.assert_array_equal(posterior.predict(5, school=1, rating="y")["y"].values, whole.sel(rating="y").values)
+    with pytest.raises(InputError, match="does not lie within"):
+        posterior.predict(5, school=1, rating="u")
+    with pytest.raises(InputError, match="unknown dimension"):
+        posterior.sample(5, school=1)  # no latent has it, and draws of latents are chosen by their own plates
+
+
 def test_wrong_requests(posterior):
     for wrong in ({"draws": 0}, {"seed": -1}, {"planet": 3}, {"group": "z"}, {"draws": True}):
         with pytest.raises(InputError):
