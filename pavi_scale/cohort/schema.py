@@ -13,6 +13,7 @@ from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Layout
 
 INSTANCE = "instance_dimension"
+WIDEST = 8  # bytes of a number that torch can compute with
 _REBUILD = "build the cohort with ps.from_table, or store positions 0..size-1 as integers"
 
 
@@ -61,6 +62,10 @@ def check_numeric(variable: Described, where: str) -> None:
     if not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
         remedy = "encode text as numbers, times as durations, and give missing values as NaN in a float variable"
         raise CohortError("variable has the wrong dtype", where=where, expected="float, integer or boolean", got=str(dtype), remedy=remedy)
+    if dtype.itemsize > WIDEST:
+        raise CohortError(
+            "variable has the wrong dtype", where=where, expected=f"numbers of at most {8 * WIDEST} bits", got=str(dtype), remedy="Dataset.astype('float64')"
+        )
 
 
 def event_sizes(cohort: Contents, model: Model, known: Mapping[str, int]) -> dict[str, int]:
