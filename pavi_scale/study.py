@@ -169,7 +169,16 @@ def prepare(
 
 
 def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
-    """Checks, structure and plan of a fit."""
+    """Checks, structure and plan of a fit.
+
+    Raises:
+        InputError: The client is none.
+    """
+    if client is not None and not hasattr(client, "scheduler_info"):  # what is asked of it here; Dask is not imported where there is none
+        raise InputError(
+            "the client cannot be used", where="client", expected="a dask.distributed.Client, or None to compute in this process", got=repr(client)[:200],
+            remedy="from dask.distributed import Client; client=Client(address)",
+        )
     processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
     lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
     with torch_threads(1):  # laws are probed on a few units: more threads spend their time waiting for each other

@@ -50,6 +50,7 @@ class Cohort:
     def __init__(self, model: Model, opened: Source, storage_options: Mapping[str, Any] | None = None, known: Mapping[str, int] | None = None) -> None:
         self.model, self.source, self._options = model, opened.label, dict(storage_options or {})
         self._opened, held = opened, opened.contents
+        schema.check_stacked(opened.levels, model)
         schema.check_variables(held, model)
         self._index_names = schema.find_indices(held, model)
         self._axes: dict[str, tuple[str, ...]] = {v.name: v.plates + v.dims for v in schema.inputs(model)}

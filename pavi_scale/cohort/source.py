@@ -70,6 +70,11 @@ class Source:
             return MemoryReader(variable.values) if variable._in_memory else LazyReader(variable)
         return stored if _is_plain(variable, stored.array) else LazyReader(variable, stored)
 
+    def levels(self, dim: str) -> int:
+        """Number of levels of a dimension's index; 1 where it has none (a store holds no other)."""
+        index = None if self.decoded is None else self.decoded.indexes.get(dim)
+        return 1 if index is None else index.nlevels
+
     def repeated(self, plate: str) -> tuple[int, object] | None:
         """Position and label of the first unit of a plate whose label another had before it; None if there is none."""
         if self.decoded is not None:
