@@ -44,7 +44,11 @@ class Support:
         rank = values.ndim - check.event_dim
         bad: np.ndarray | None = None
         for at in _pieces(values.shape, rank):
-            x = torch.from_numpy(np.array(values[at], dtype=np.float64))
+            numbers = np.array(values[at], dtype=np.float64)
+            # A tenth of the time of torch's remainders, where all is well.
+            if type(check) is _INTEGERS and bool(((np.trunc(numbers) == numbers) & (numbers >= np.asarray(check.lower_bound))).all()):  # type: ignore[attr-defined]
+                continue
+            x = torch.from_numpy(numbers)
             missing = torch.isnan(x)
             good = check.check(x) | (missing.flatten(rank).any(-1) if check.event_dim else missing)
             if not bool(good.all()):
