@@ -40,6 +40,7 @@ from pavi_scale.training import Fitted, Trainer
 from pavi_scale.watching import Watch
 from pavi_scale.writing import load_context, write_posterior
 
+MOST_SEEDS = 1 << 63  # what torch's generators take is smaller
 MOST_STALE = 8  # updates: less than good steps between two kept copies of the weights (`nonfinite`), so that one of them is from before a bad one
 TRACED = 256  # root coordinates up to which q(root) is kept with the trace
 CHECKED_FIRST = 64 << 20  # bytes of a variable up to which it is read once, for bad values, before anything is computed
@@ -98,6 +99,8 @@ def fit(
     config = {
         "seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time, "staleness": int(staleness),
     }
+    if run is not None:
+        local_path(run)  # no path, no study
     if not isinstance(model, Model):
         raise ModelError("the first argument is not a model", expected="pavi_scale.Model", got=type(model).__name__)
     try:
@@ -157,8 +160,8 @@ def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -
 
 def check_options(seed: int, max_time: float | None, device: str, staleness: int = 0, client: Client | None = None) -> None:
     """Refuse options that mean nothing."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InputError("the seed must be a non-negative integer", where="seed", got=repr(seed))
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < MOST_SEEDS:
+        raise InputError("the seed must be a non-negative integer", where="seed", expected="an integer from 0 to 2**63 - 1", got=repr(seed)[:200])
     if max_time is not None and (isinstance(max_time, bool) or not isinstance(max_time, (int, float)) or not max_time > 0):
         raise InputError("the time allowed must be a positive number of seconds, or None", where="max_time", got=repr(max_time))
     if isinstance(staleness, bool) or not isinstance(staleness, (int, np.integer)) or not 0 <= staleness <= MOST_STALE:

@@ -19,6 +19,9 @@ class Plate:
         name: The plate's name; also the name of its dimension in the cohort.
         within: The plate, or plates, that each unit of this one belongs to (ragged with one, crossed with several).
 
+    Raises:
+        ModelError: A name that is none, or a plate that is named twice in `within`.
+
     Example:
         >>> Plate("house", within="county").within
         ('county',)
@@ -30,8 +33,12 @@ class Plate:
     def __init__(self, name: str, within: str | tuple[str, ...] | list[str] | None = None) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise ModelError("a plate's name must be a Python identifier", where="Plate", got=repr(name), remedy="rename the plate")
+        parents: object = (within,) if isinstance(within, str) else () if within is None else within
+        if not isinstance(parents, (tuple, list)) or not all(isinstance(p, str) for p in parents) or len(set(parents)) < len(parents):
+            expected = "the name of a plate, or different names in a tuple"
+            raise ModelError("a plate lies within plates that are named, each once", where=f"Plate({name!r}, within=...)", expected=expected, got=repr(within))
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "within", (within,) if isinstance(within, str) else tuple(within or ()))
+        object.__setattr__(self, "within", tuple(parents))
 
 
 def ancestors(plates: Mapping[str, Plate], name: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import pandas as pd
 from pavi_scale.calibration.predictive import Predictive, predictive_check
 from pavi_scale.calibration.truth import Calibration, calibrate
 from pavi_scale.durable import disk_errors
+from pavi_scale.errors import InputError
 from pavi_scale.pictures import new_figure
 from pavi_scale.posterior.posterior import Posterior
 from pavi_scale.summary import summary_table
@@ -44,8 +45,14 @@ def report(posterior: Posterior, folder: str | Path | None = None, truth: Any = 
         Path of the page, `index.html`; the pictures lie beside it.
 
     Raises:
+        InputError: The first argument is no posterior.
         RunError: The folder cannot be written, or the run is not complete.
     """
+    if not isinstance(posterior, Posterior):
+        raise InputError(
+            "the first argument is not a posterior", where="report", expected="what fit or open_posterior returned", got=repr(posterior)[:200],
+            remedy="pavi_scale.report(pavi_scale.open_posterior(run))",
+        )
     home = Path(posterior.run) / "report" if folder is None else Path(folder)
     sections: list[tuple[str, str]] = [("The fit", f"<pre>{html.escape(repr(posterior))}</pre>")]
     drawn: dict[str, Figure] = {}

@@ -46,9 +46,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """The local path that a run is given by.
 
     Raises:
-        RunError: The path is a URL of a remote store.
+        RunError: It is no path, or a URL of a remote store.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise RunError("a run is named by its path", where="run", expected="a string or Path", got=repr(path)[:200])
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     elif re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", text):

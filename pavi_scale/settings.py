@@ -13,6 +13,7 @@ import torch
 
 from pavi_scale.cohort import Cohort
 from pavi_scale.model.density import Graph
+from pavi_scale.model.supports import Support
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,12 @@ def precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def make_graph(cohort: Cohort) -> Graph:
-    """The cohort's model with event sizes, its laws looked at once with the first unit's covariates."""
+    """The cohort's model with event sizes, its laws looked at once with the first unit's covariates; what is read from then on lies in their support."""
     example = {}
     for v in cohort.model.of_kind("covariate"):
         first = cohort.read(v.name, {p: np.arange(1) for p in v.plates})
         example[v.name] = torch.as_tensor(first.reshape(first.shape[len(v.plates) :])).to(torch.float64)
     with precision(torch.float64):
-        return Graph(cohort.model, cohort.event_sizes, example)
+        graph = Graph(cohort.model, cohort.event_sizes, example)
+    cohort.supports |= {v.name: Support(graph.supports[v.name]) for v in cohort.model.of_kind("observed")}
+    return graph

@@ -13,7 +13,7 @@ import torch
 
 from pavi_scale.batching import most_units, split_plate
 from pavi_scale.cohort import Cohort, Origin, open_cohort
-from pavi_scale.errors import CohortError, InputError, PlanRefused
+from pavi_scale.errors import InputError, PlanRefused
 from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
 from pavi_scale.guide.guide import Guide
 from pavi_scale.later import Later
@@ -165,7 +165,16 @@ def prepare(
 
 
 def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
-    """Checks, structure and plan of a fit."""
+    """Checks, structure and plan of a fit.
+
+    Raises:
+        InputError: The client is none.
+    """
+    if client is not None and not hasattr(client, "scheduler_info"):  # what is asked of it here; Dask is not imported where there is none
+        raise InputError(
+            "the client cannot be used", where="client", expected="a dask.distributed.Client, or None to compute in this process", got=repr(client)[:200],
+            remedy="from dask.distributed import Client; client=Client(address)",
+        )
     processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
     lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
     with torch_threads(1):  # laws are probed on a few units: more threads spend their time waiting for each other
@@ -183,7 +192,9 @@ def plan(model: Model, cohort: Origin, *, encoding: Encoding = "auto", memory: s
 
 
 def check_supports(graph: Graph, cohort: Cohort) -> None:
-    """Refuse observations outside the support of their law (looked at in the first units, up to a million values of each variable).
+    """Refuse observations outside the support of their law, before anything is planned: in the first units, up to a million values of each variable.
+
+    The others are compared whenever they are read, which `Cohort.read` does since it has been told of the supports (`make_graph`).
 
     Raises:
         CohortError: With the position of the first one.
@@ -193,19 +204,7 @@ def check_supports(graph: Graph, cohort: Cohort) -> None:
         for plate in v.plates:
             rest = math.prod(len(u) for p, u in units.items() if p != plate) * math.prod(graph.shape(v))
             units[plate] = units[plate][: max(1, LOOKED_AT // max(rest, 1))]
-        x = torch.as_tensor(np.asarray(cohort.read(v.name, units))).to(torch.float64)
-        if v.missing == "mask":
-            x = torch.where(torch.isnan(x), x[~torch.isnan(x)].flatten()[0] if bool((~torch.isnan(x)).any()) else torch.zeros(()), x)
-        good = graph.supports[v.name].check(x)
-        if not bool(good.all()):
-            at = [int(i) for i in torch.nonzero(~good)[0]]
-            raise CohortError(
-                "observation outside the support of its law",
-                where=f"variable {v.name!r}, position {dict(zip((*v.plates, *v.dims), at, strict=False))}",
-                expected=str(graph.supports[v.name]),
-                got=float(x[tuple(at)].flatten()[0]),
-                remedy="choose another law, or correct the data",
-            )
+        cohort.read(v.name, units)
 
 
 def describe(study: Study) -> str:

@@ -26,6 +26,7 @@ from pavi_scale.digests import COHORT
 from pavi_scale.durable import disk_errors, sync_directory
 from pavi_scale.errors import CohortError
 from pavi_scale.later import Later
+from pavi_scale.model.supports import Support
 from pavi_scale.model.template import Model
 from pavi_scale.plates import Layout, ancestors
 
@@ -43,6 +44,7 @@ class Cohort:
         layout: Cardinalities of the plates, and the parent positions of ragged and crossed ones.
         event_sizes: Size of each event dimension.
         source: Path or URL, or None for a Dataset in memory.
+        supports: What the laws of observed variables can take; whoever knows the laws says so, and no other values are handed out from then on.
 
     A store that leaves out chunks of fill values on purpose says so by the attribute `_empty_chunks_ok: true` of an array or its root group.
     """
@@ -50,6 +52,8 @@ class Cohort:
     def __init__(self, model: Model, opened: Source, storage_options: Mapping[str, Any] | None = None, known: Mapping[str, int] | None = None) -> None:
         self.model, self.source, self._options = model, opened.label, dict(storage_options or {})
         self._opened, held = opened, opened.contents
+        self.supports: dict[str, Support] = {}
+        schema.check_stacked(opened.levels, model)
         schema.check_variables(held, model)
         self._index_names = schema.find_indices(held, model)
         self._axes: dict[str, tuple[str, ...]] = {v.name: v.plates + v.dims for v in schema.inputs(model)}
@@ -130,7 +134,8 @@ class Cohort:
             Array of shape (units of each plate, sizes of the event dimensions), native byte order. It may share memory with the cohort.
 
         Raises:
-            CohortError: Unknown variable, position out of range, damaged or unreachable store, infinite values, NaN where none may be.
+            CohortError: Unknown variable, position out of range, damaged or unreachable store, infinite values, NaN where none may be, values
+                that the law cannot take.
         """
         if name not in self._readers:
             raise CohortError("cohort holds no such variable", where=f"variable {name!r}", expected=f"one of {sorted(self._readers)}")
@@ -144,6 +149,8 @@ class Cohort:
         if v is not None:  # never a silent NaN, whatever was checked before
             masked = v.kind == "observed" and v.missing == "mask"
             scan.check_block(out, index, self._axes[name], self.describe, f"{v.kind} variable {name!r}", nan_ok=masked, kind=v.kind)
+            if name in self.supports:
+                scan.check_support(out, index, self._axes[name], self.describe, f"{v.kind} variable {name!r}", self.supports[name])
         # torch refuses to share read-only memory without a warning.
         return out if out.flags.writeable else out.copy()
 
@@ -180,7 +187,7 @@ class Cohort:
         return as_index(positions)
 
     def check_values(self, budget_bytes: int = 64 << 20, limit_bytes: int | None = None) -> None:
-        """Missing chunks of every variable; then everything read once, in blocks: NaN without a mask, infinities, damaged chunks.
+        """Missing chunks of every variable; then everything read once, in blocks: NaN without a mask, infinities, damaged chunks, `supports`.
 
         Args:
             budget_bytes: Bytes of a block; a single larger chunk is still read at once.
@@ -197,7 +204,9 @@ class Cohort:
             if limit_bytes is not None and math.prod(reader.shape) * reader.dtype.itemsize > limit_bytes:
                 continue
             masked = v.kind == "observed" and v.missing == "mask"
-            scan.check_finite(self._readers[v.name], v.plates + v.dims, self.describe, where, nan_ok=masked, kind=v.kind, budget_bytes=budget_bytes)
+            scan.check_finite(
+                reader, v.plates + v.dims, self.describe, where, nan_ok=masked, kind=v.kind, budget_bytes=budget_bytes, support=self.supports.get(v.name)
+            )
 
     def describe(self, axis: str, position: int) -> str:
         """A position along a plate or event dimension in words: its label, and those of the plates that it lies within.

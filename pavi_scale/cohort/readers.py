@@ -128,8 +128,11 @@ def _hull(index: Index, size: int) -> tuple[int, int]:
     return (int(index.min()), int(index.max()) + 1) if len(index) else (0, 0)
 
 
-def _native(values: np.ndarray) -> np.ndarray:
-    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+def _shareable(values: np.ndarray) -> np.ndarray:
+    """Values as torch can share them: in native byte order, and not backwards."""
+    if not values.dtype.isnative:
+        return values.astype(values.dtype.newbyteorder("="))
+    return values.copy() if any(step < 0 for step in values.strides) else values
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class MemoryReader:
         for axis, i in enumerate(index):
             if not isinstance(i, slice):
                 out = np.take(out, i, axis=axis)
-        return _native(out)
+        return _shareable(out)
 
     def absent(self) -> Iterator[Block]:
         """Blocks that the store lacks."""
@@ -195,7 +198,7 @@ class LazyReader:
 
     def read(self, index: Sequence[Index]) -> np.ndarray:
         """The orthogonal selection `index`."""
-        return _native(np.asarray(self.variable[tuple(index)].values))
+        return _shareable(np.asarray(self.variable[tuple(index)].values))
 
     def absent(self) -> Iterator[Block]:
         """Blocks that the store lacks."""

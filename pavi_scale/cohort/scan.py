@@ -9,6 +9,7 @@ import numpy as np
 
 from pavi_scale.cohort.readers import EMPTY_OK, Block, Index, Reader, reading
 from pavi_scale.errors import CohortError
+from pavi_scale.model.supports import Support
 
 _SHOWN = 3
 
@@ -52,8 +53,11 @@ def check_chunks(reader: Reader, axes: tuple[str, ...], where: str) -> None:
         )
 
 
-def check_finite(reader: Reader, axes: tuple[str, ...], describe: Callable[[str, int], str], where: str, *, nan_ok: bool, kind: str, budget_bytes: int) -> None:
-    """Read a whole array in blocks and refuse what `check_block` refuses.
+def check_finite(
+    reader: Reader, axes: tuple[str, ...], describe: Callable[[str, int], str], where: str, *, nan_ok: bool, kind: str, budget_bytes: int,
+    support: Support | None = None,
+) -> None:  # fmt: skip
+    """Read a whole array in blocks and refuse what `check_block` and `check_support` refuse.
 
     Args:
         reader: The array.
@@ -63,6 +67,7 @@ def check_finite(reader: Reader, axes: tuple[str, ...], describe: Callable[[str,
         nan_ok: Whether NaN means "not observed".
         kind: "observed" or "covariate".
         budget_bytes: Bytes of a block.
+        support: What the law can take, where that is known.
 
     Raises:
         CohortError: With the coordinates of the first ones of the first block that has any.
@@ -71,6 +76,8 @@ def check_finite(reader: Reader, axes: tuple[str, ...], describe: Callable[[str,
         with reading(where):
             values = reader.read(block)
         check_block(values, block, axes, describe, where, nan_ok=nan_ok, kind=kind)
+        if support is not None:
+            check_support(values, block, axes, describe, where, support)
 
 
 def check_block(
@@ -102,6 +109,25 @@ def check_block(
             expected="a finite value",
             got=f"{int(np.isnan(values).sum())} NaN",
             remedy=remedy,
+        )
+
+
+def check_support(
+    values: np.ndarray, index: Sequence[Index], axes: tuple[str, ...], describe: Callable[[str, int], str], where: str, support: Support
+) -> None:
+    """Refuse values, read at `index`, that the variable's law cannot take.
+
+    Raises:
+        CohortError: With the coordinates of the first ones.
+    """
+    bad = support.outside(values)
+    if bad is not None:
+        raise CohortError(
+            "observation outside the support of its law",
+            where=f"{where} at {_named(bad, index[: bad.ndim], axes[: bad.ndim], describe)}",
+            expected=str(support),
+            got=np.asarray(values[tuple(np.argwhere(bad)[0])]).tolist(),
+            remedy="choose another law, or correct the data",
         )
 
 

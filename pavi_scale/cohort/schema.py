@@ -13,6 +13,8 @@ from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Layout
 
 INSTANCE = "instance_dimension"
+WIDEST = 8  # bytes of a number that torch can compute with
+SPARSE_UNITS, SPARSE = 10_000_000, 100  # units of a plate, and times as many as lie below it, from which an index that alone tells of them is refused
 _REBUILD = "build the cohort with ps.from_table, or store positions 0..size-1 as integers"
 
 
@@ -61,6 +63,10 @@ def check_numeric(variable: Described, where: str) -> None:
     if not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
         remedy = "encode text as numbers, times as durations, and give missing values as NaN in a float variable"
         raise CohortError("variable has the wrong dtype", where=where, expected="float, integer or boolean", got=str(dtype), remedy=remedy)
+    if dtype.itemsize > WIDEST:
+        raise CohortError(
+            "variable has the wrong dtype", where=where, expected=f"numbers of at most {8 * WIDEST} bits", got=str(dtype), remedy="Dataset.astype('float64')"
+        )
 
 
 def event_sizes(cohort: Contents, model: Model, known: Mapping[str, int]) -> dict[str, int]:
@@ -165,6 +171,7 @@ def build_layout(
     for plate in model.plates:
         if sizes[plate] < 0:
             sizes[plate] = 1 + max((int(v.max()) for (_, parent), v in raw.items() if parent == plate), default=-1)
+            _check_sparse({names[pair]: v for pair, v in raw.items() if pair[1] == plate}, plate)
             if sizes[plate] == 0:
                 raise CohortError(
                     "size of a plate is unknown",
@@ -176,6 +183,20 @@ def build_layout(
     for (child, parent), v in raw.items():
         _check_range(v, sizes[parent], f"index variable {names[child, parent]!r} of plate {child!r}", parent)
     return Layout(model.plates, sizes, raw)
+
+
+def _check_sparse(indices: Mapping[str, np.ndarray], plate: str) -> None:
+    """Refuse positions that nearly all units of the plate they tell the size of would lie between: they are identifiers."""
+    for name, values in indices.items():
+        largest, units = int(values.max()), sum(len(v) for v in indices.values())
+        if largest >= max(SPARSE_UNITS, SPARSE * units):
+            raise CohortError(
+                "index variable is sparse",
+                where=f"index variable {name!r} into plate {plate!r}, position {int(values.argmax())}",
+                expected=f"positions 0 to size - 1 of a plate whose size, which nothing else tells, is below {max(SPARSE_UNITS, SPARSE * units):,}",
+                got=f"largest index {largest:,}, of {units:,} units",
+                remedy="number the units 0, 1, ... (ps.from_table does; np.unique(..., return_inverse=True)), and keep identifiers as labels of the plate",
+            )
 
 
 def _check_size(model: Model, plate: str, size: int) -> None:
@@ -196,7 +217,7 @@ def _check_size(model: Model, plate: str, size: int) -> None:
 
 def _integral(values: np.ndarray, where: str) -> np.ndarray:
     if values.dtype.kind == "f":
-        bad = np.flatnonzero(~np.isfinite(values) | (np.trunc(values) != values))
+        bad = np.flatnonzero(~(np.abs(values) < 2.0**63) | (np.trunc(values) != values))
         if len(bad):
             raise CohortError(
                 "index variable is not integral",
@@ -219,6 +240,24 @@ def _check_range(values: np.ndarray, size: int, where: str, parent: str) -> None
             got=f"{values[bad[0]]} ({len(bad)} such)",
             remedy=f"positions are 0-based; the cardinality of {parent!r} is the size of its dimension",
         )
+
+
+def check_stacked(levels: Callable[[str], int], model: Model) -> None:
+    """Labels of a plate or event dimension are single values.
+
+    Args:
+        levels: Dimension -> number of levels of its index.
+        model: The model.
+
+    Raises:
+        CohortError: It is a MultiIndex.
+    """
+    for dim in (*model.plates, *model.dims):
+        if levels(dim) > 1:
+            raise CohortError(
+                "labels are a MultiIndex", where=f"coordinate {dim!r}", expected="single labels, or none", got=f"an index of {levels(dim)} levels",
+                remedy=f"Dataset.reset_index({dim!r}): its levels stay as coordinates",
+            )
 
 
 def check_labels(repeated: Callable[[str], tuple[int, object] | None], model: Model) -> None:

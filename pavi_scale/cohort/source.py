@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from pavi_scale.cohort.contents import Contents, of_dataset, of_store
-from pavi_scale.cohort.foreign import arrays_of, check_arrays, check_seal, is_url
+from pavi_scale.cohort.foreign import arrays_of, check_arrays, check_seal, is_url, text_as_it_is
 from pavi_scale.cohort.readers import STORE_ERRORS, LazyReader, MemoryReader, Reader, ZarrArray, ZarrReader, reading
 from pavi_scale.errors import CohortError
 from pavi_scale.later import Later
@@ -70,6 +70,11 @@ class Source:
             return MemoryReader(variable.values) if variable._in_memory else LazyReader(variable)
         return stored if _is_plain(variable, stored.array) else LazyReader(variable, stored)
 
+    def levels(self, dim: str) -> int:
+        """Number of levels of a dimension's index; 1 where it has none (a store holds no other)."""
+        index = None if self.decoded is None else self.decoded.indexes.get(dim)
+        return 1 if index is None else index.nlevels
+
     def repeated(self, plate: str) -> tuple[int, object] | None:
         """Position and label of the first unit of a plate whose label another had before it; None if there is none."""
         if self.decoded is not None:
@@ -96,6 +101,7 @@ def _is_plain(variable: xr.Variable, array: ZarrArray) -> bool:
     return variable.dtype == np.dtype(array.dtype) and nan_only and not any(key in coding for key in _CODING)
 
 
+@text_as_it_is()
 def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> Source:
     """Open a Dataset, path or URL; nothing but metadata and dimension coordinates is read.
 
@@ -125,6 +131,7 @@ def open_source(source: Origin, storage_options: Mapping[str, Any] | None) -> So
     return Source.of(_in_xarray(group, label), label, arrays) if found is None else Source(found, label, arrays, group)
 
 
+@text_as_it_is()
 def _in_xarray(group: zarr.Group, label: str) -> xr.Dataset:
     """A group as xarray decodes it."""
     try:

@@ -7,9 +7,11 @@ import os
 import xarray as xr
 import zarr
 
+from pavi_scale.cohort.foreign import text_as_it_is
 from pavi_scale.cohort.readers import STORE_ERRORS
 
 
+@text_as_it_is()
 def open_truth(source: str | os.PathLike[str]) -> xr.Dataset | None:
     """Latents that a simulated cohort was made from, opened lazily; None where the store holds none."""
     try:

@@ -21,6 +21,7 @@ from pavi_scale.errors import ModelError
 from pavi_scale.links import Link, make_link
 from pavi_scale.model.promote import Promote
 from pavi_scale.model.simulate.batched import LAW_ERRORS, expanded, unvalidated
+from pavi_scale.model.supports import common
 from pavi_scale.model.template import Model, Variable
 from pavi_scale.plates import Selection, ancestors
 
@@ -115,8 +116,21 @@ class Graph:
                     self.links[v.name] = make_link(self.supports[v.name], self.shape(v), v.name)
                     self._check_support(v, law, values)
                     values[v.name] = law.sample().to(torch.float64)
+            for v in self.model.of_kind("observed"):
+                self.supports[v.name] = self._fixed_support(v, values)
             for v in self.model.of_kind("latent", "observed"):
                 self._check_many(v, values)
+
+    def _fixed_support(self, v: Variable, values: Mapping[str, Tensor]) -> Constraint:
+        """What the support is at other parents, too: a binomial's totals may be a covariate."""
+        support = self.supports[v.name]
+        for p in v.parents:
+            link = self.links.get(p)
+            for step in (1.0, -0.5):  # a probability has no room for the first
+                with contextlib.suppress(ModelError):
+                    moved = values[p] + step if link is None else link.forward(link.inverse(values[p]) + step)
+                    support = common(support, support_of(self.law(v, {**values, p: moved}), f"law of {v.name!r}"))
+        return support
 
     def _check_many(self, v: Variable, values: Mapping[str, Tensor]) -> None:
         """Refuse laws that only a single ground unit can be given to.

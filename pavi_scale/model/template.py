@@ -21,6 +21,12 @@ from pavi_scale.plates import Plate, ancestors
 Law = Callable[..., Distribution]
 Kind = Literal["latent", "observed", "covariate"]
 LONGEST_NAME = 120  # bytes; file systems allow 255, and names get suffixes
+# Names that a posterior has a use for: a model that had them too would be fitted, and its posterior could not be read.
+OF_DRAWS = ("chain", "draw")  # dimensions of draws, and their coordinates
+OF_RESULTS = ("quantile", "threshold")  # dimensions of what `Posterior.quantile` and `Posterior.exceedance` return, and their coordinates
+OF_TABLES = ("variable",)  # dimension of ArviZ's own, under which it stacks the variables of `Posterior.summary`
+OF_CALLS = ("draws", "latent", "memory", "q", "seed", "self", "store", "threshold")  # arguments of `Posterior`'s methods beside a selection `plate=label`
+OF_MODEL = ("self", "sizes")  # arguments of `Model` beside its variables
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Model(Simulated, Drawn):
         **variables: Template variables, made by `latent`, `observed` and `covariate`.
 
     Raises:
-        ModelError: Unknown plate or parent, cycle, parent on plates the child cannot reach, no law, discrete latent.
+        ModelError: Unknown plate or parent, cycle, parent on plates the child cannot reach, no law, discrete latent, reserved name.
 
     Example:
         >>> from torch.distributions import Normal
@@ -112,7 +118,9 @@ class Model(Simulated, Drawn):
         ('mu',)
     """
 
-    def __init__(self, *plates: Plate, sizes: Mapping[str, int] | None = None, **variables: Variable) -> None:
+    def __init__(self, /, *plates: Plate, sizes: Mapping[str, int] | None = None, **variables: Variable) -> None:
+        if isinstance(sizes, Variable):  # meant as a variable of that name, which is refused below
+            sizes, variables = None, {**variables, "sizes": sizes}
         self.plates: dict[str, Plate] = {}
         for plate in plates:
             if not isinstance(plate, Plate):
@@ -122,6 +130,7 @@ class Model(Simulated, Drawn):
             self.plates[plate.name] = plate
         self.sizes = {name: _checked_size(name, size) for name, size in (sizes or {}).items()}
         named = {name: _bind(name, variable) for name, variable in variables.items()}
+        _check_reserved(self.plates, named)
         _check_plates(self.plates)
         _check_variables(self.plates, named)
         self.variables: dict[str, Variable] = {name: named[name] for name in _topological(named)}
@@ -210,6 +219,24 @@ def _check_name(name: object, where: str) -> None:
     if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > LONGEST_NAME:
         expected = f"a Python identifier of at most {LONGEST_NAME} bytes"
         raise ModelError("a name is not usable", where=where, expected=expected, got=repr(name)[:200], remedy="rename it")
+
+
+def _check_reserved(plates: Mapping[str, Plate], variables: Mapping[str, Variable]) -> None:
+    """Refuse names that the posterior has a use for, all at once: a plate or event dimension is selected by its name, and lies beside those of draws."""
+    axes = {**dict.fromkeys(plates, "plate"), **{d: "event dimension" for v in variables.values() for d in v.dims if d not in plates}}
+    used = [f"{kind} {name!r}" for name, kind in axes.items() if name in {*OF_DRAWS, *OF_RESULTS, *OF_TABLES, *OF_CALLS}]
+    taken = {"latent": {*OF_DRAWS, *OF_RESULTS, *OF_MODEL}, "observed": {*OF_DRAWS, *OF_MODEL}, "covariate": {*OF_MODEL}}
+    used += [f"variable {v.name!r}" for v in variables.values() if v.name in taken[v.kind]]
+    if used:
+        raise ModelError(
+            "a name is reserved",
+            where="Model",
+            expected=f"plates and event dimensions other than {', '.join(sorted({*OF_DRAWS, *OF_RESULTS, *OF_TABLES, *OF_CALLS}))}"
+            f"; latents other than {', '.join(sorted(taken['latent']))}; observed variables other than {', '.join(sorted(taken['observed']))}"
+            f"; covariates other than {', '.join(sorted(taken['covariate']))}",
+            got=", ".join(used),
+            remedy="rename it, in the cohort too (Dataset.rename)",
+        )
 
 
 def _check_variables(plates: Mapping[str, Plate], variables: Mapping[str, Variable]) -> None:

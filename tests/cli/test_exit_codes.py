@@ -1,9 +1,12 @@
 """Every way of being called wrongly: the exit code, one sentence on standard error, nothing written."""
 
+import warnings
+
 import numpy as np
 import pytest
 import xarray as xr
 import yaml
+from zarr.errors import UnstableSpecificationWarning
 
 STUDY = {"model": "toystudy:model", "cohort": "cohort.zarr", "run": "runs/toy", "fit": {"seed": 0, "progress": False}}
 
@@ -98,6 +101,23 @@ def test_bad_cohort(folder, run, command, case):
     one_sentence(err)
     assert all(word in err for word in words), err
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_text_labels_that_xarray_wrote_are_no_news(folder, run, consolidated):
+    """Zarr's warning about text of fixed length does not stand above the one sentence, nor above a result."""
+    data = xr.open_zarr(folder / "cohort.zarr", consolidated=False).load()
+    data = data.drop_encoding().assign_coords(group=data.group.values.astype(object).astype("U"))
+    for name, cohort in {"good": data, "bad": data.drop_vars("x")}.items():
+        cohort.to_zarr(folder / f"{name}.zarr", zarr_format=3, consolidated=consolidated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnstableSpecificationWarning)
+        for command in ("plan", "fit", "check"):
+            code, _, err = run(command, "study.yaml", "--set", "cohort=bad.zarr")
+            assert code == 2
+            one_sentence(err)
+        for command in ("plan", "fit", "posterior", "check", "report"):
+            assert run(command, "study.yaml", "--set", "cohort=good.zarr")[0] == 0
 
 
 CALLS = {

@@ -83,6 +83,7 @@ SCHEMA = [
     ("objects", good().assign(floor=("house", np.array([1, "x"] * 6, object))), radon(), "wrong dtype", "'floor'", "float, integer or boolean", "object"),
     ("times", good().assign(floor=("house", np.zeros(HOUSES, "M8[ns]"))), radon(), "wrong dtype", "'floor'", "float", "datetime64"),
     ("complex", good().assign(floor=("house", np.zeros(HOUSES, complex))), radon(), "wrong dtype", "'floor'", "float", "complex"),
+    ("long doubles", good().assign(floor=good()["floor"].astype("longdouble")), radon(), "wrong dtype", "'floor'", "at most 64 bits", "float128"),
     ("no index", good().drop_vars("of_county"), radon(), "index variable is missing", "'house' within 'county'", "instance_dimension", "uranium"),
     (
         "unknown plate",

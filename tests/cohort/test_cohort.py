@@ -249,6 +249,18 @@ def test_big_endian_data_arrives_native():
     np.testing.assert_array_equal(cohort.read("x"), open_cohort(dense_data(), dense_model()).read("x"))
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_reversed_data_arrive_as_torch_can_share_them(lazy):
+    model, data = ragged("county", "house", cardinality={"county": 5, "house": 12})
+    data = data.isel(house=slice(None, None, -1))
+    cohort = open_cohort(data.chunk() if lazy else data, model)
+    for name, values in data.variables.items():
+        got = cohort.read(str(name))
+        assert all(step > 0 for step in got.strides)
+        np.testing.assert_array_equal(got, values)
+    assert all(step > 0 for index in cohort.layout.index.values() for step in index.strides)
+
+
 def test_read_only_memory_is_copied_before_it_is_handed_out():
     data = dense_data()
     data["area"].values.flags.writeable = False

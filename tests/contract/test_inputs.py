@@ -63,6 +63,10 @@ COHORTS = {
     "inf covariate": (lambda: cohort(z=("i", [0, -np.inf, 0, 0, 0, 0])), "1"),
     "missing observed": (lambda: cohort(x=None), "x"),
     "missing covariate": (lambda: cohort(z=None), "z"),
+    "identifiers for an index": (lambda: cohort(g_of=("i", [0, 0, 1, 1, 2, 10**12], {"instance_dimension": "g"})), "largest index 1,000,000,000,000"),
+    "huge identifiers": (lambda: cohort(g_of=("i", [0, 0, 1, 1, 2, 2**60], {"instance_dimension": "g"})), "g_of"),
+    "huge float index": (lambda: cohort(g_of=("i", [0, 0, 1, 1, 2, 1e300], {"instance_dimension": "g"})), "g_of"),
+    "two levels of labels": (lambda: cohort().assign_coords(a=("i", list("aaabbb")), b=("i", [0, 1, 2] * 2)).set_index(i=["a", "b"]), "reset_index('i')"),
     "empty plate": (lambda: cohort().isel(i=slice(0, 0)), "i"),
 }
 
@@ -90,6 +94,8 @@ MODELS = {
     "law is not callable": (lambda: model(mu=ps.latent(Normal(0.0, 1.0))), "mu"),
     "defaults and stars": (lambda: model(theta=ps.latent(lambda *mu: Normal(mu[0], 1.0), plates="g")), "theta"),
     "within an unknown plate": (lambda: ps.Model(ps.Plate("i", within="nope"), x=ps.observed(lambda: Normal(0.0, 1.0), plates="i")), "nope"),
+    "within a number": (lambda: ps.Model(ps.Plate("i", within=3), x=ps.observed(lambda: Normal(0.0, 1.0), plates="i")), "3"),
+    "within one plate twice": (lambda: ps.Model(ps.Plate("g"), ps.Plate("i", within=("g", "g"))), "('g', 'g')"),
     "plate twice": (lambda: ps.Model(ps.Plate("i"), ps.Plate("i"), x=ps.observed(lambda: Normal(0.0, 1.0), plates="i")), "i"),
     "plates in a circle": (lambda: ps.Model(ps.Plate("g", within="i"), ps.Plate("i", within="g"), x=ps.observed(lambda: Normal(0.0, 1.0), plates="i")), "g"),
     "dim without a size": (lambda: model(mu=ps.latent(lambda: Normal(0.0, 1.0), dims="k"), theta=ps.latent(lambda mu: Normal(mu.sum(), 1.0), plates="g")), "k"),
@@ -183,12 +189,31 @@ def test_run_paths(tmp_path):
         {"device": "abacus"},
         {"seed": "x"},
         {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 2**70},
+        {"run": 3},
+        {"client": "tcp://localhost:8786"},
     ],
     ids=str,
 )
 def test_bad_options(options, tmp_path):
     with pytest.raises(InputError):
-        ps.fit(model(), cohort(), run=tmp_path / "run", **options)
+        ps.fit(model(), cohort(), **{"run": tmp_path / "run", **options})
+
+
+def test_what_is_no_run_client_or_posterior_is_named(tmp_path):
+    for call in (ps.open_posterior, ps.resume, ps.report):
+        for thing in (None, 3, b"runs/a"):
+            with pytest.raises(InputError, match="run is named by its path|not a posterior"):
+                call(thing)
+    with pytest.raises(InputError, match=r"open_posterior\(run\)"):
+        ps.report(str(tmp_path))
+    with pytest.raises(InputError, match=r"Client\(address\)"):
+        ps.plan(model(), cohort(), client="tcp://localhost:8786")
+
+
+def test_the_largest_seed_is_a_seed(tmp_path):
+    assert ps.fit(model(), cohort(), run=tmp_path / "run", seed=2**63 - 1, progress=False).status == "ok"
 
 
 def test_too_little_memory_is_refused(tmp_path):

@@ -199,21 +199,21 @@ def test_the_expected_evidence_has_the_gradient_of_the_log_marginal(monkeypatch)
 
 def test_one_block_without_a_parent():
     model = ps.Model(
-        ps.Plate("unit"), ps.Plate("draw"), sizes={"label": LABELS},
+        ps.Plate("unit"), ps.Plate("visit"), sizes={"label": LABELS},
         s=ps.latent(lambda: HalfNormal(1.0)),
-        c=ps.latent(lambda: Normal(0.0, 2.0), plates="draw", dims=("label",)),
+        c=ps.latent(lambda: Normal(0.0, 2.0), plates="visit", dims=("label",)),
         z=ps.latent(lambda: Normal(0.3, 1.2), plates="unit", dims="label"),
-        x=ps.observed(lambda z, c, s: MixtureSameFamily(Categorical(logits=z), Normal(c, s)), plates=("unit", "draw")),
+        x=ps.observed(lambda z, c, s: MixtureSameFamily(Categorical(logits=z), Normal(c, s)), plates=("unit", "visit")),
     )  # fmt: skip
-    data = model.sample({"unit": 30, "draw": 3}, seed=1)
+    data = model.sample({"unit": 30, "visit": 3}, seed=1)
     cohort = open_cohort(data, model)
     graph = make_graph(cohort)
-    guide = Guide(graph, frozenset({frozenset({"draw"})}), {"unit": {"uniform": ["z"]}})
+    guide = Guide(graph, frozenset({frozenset({"visit"})}), {"unit": {"uniform": ["z"]}})
     component = next(c for c in guide.components if c.name == "unit")
     assert labelled(component, graph) == "x"
     with precision(torch.float32):
         reduced = Reduced(graph, Selection.whole(cohort.layout), {"x": torch.as_tensor(data["x"].values).float()}, dtype=torch.float32)
-        values = {"s": Value(torch.tensor([0.5]), ()), "c": Value(torch.as_tensor(data["c"].values).float()[None], ("draw",))}
+        values = {"s": Value(torch.tensor([0.5]), ()), "c": Value(torch.as_tensor(data["c"].values).float()[None], ("visit",))}
         local = LocalModel(component, reduced, values, {}, 1)
         core = LabelledCore(local, "x", "moments")
     mean, variance = (t[0, :, 0].double().numpy() for t in core.moments()["unit"])
