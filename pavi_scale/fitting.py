@@ -23,6 +23,7 @@ from pavi_scale.cohort.readers import READ
 from pavi_scale.computation import StudyComputation
 from pavi_scale.device import find
 from pavi_scale.errors import InputError, Interrupted, ModelError, PlanRefused
+from pavi_scale.importing import leave_import
 from pavi_scale.memory import format_bytes, keep_freed_memory
 from pavi_scale.model.template import Model
 from pavi_scale.posterior.posterior import Posterior
@@ -94,6 +95,7 @@ def fit(
         >>> round(float(posterior.datatree["posterior_mean"]["mu"]), 2)
         0.75
     """
+    leave_import()
     began = time.monotonic()
     check_options(seed, max_time, device, staleness, client)
     config = {
@@ -133,6 +135,7 @@ def resume(
     Raises:
         RunError: No run there, or model or cohort have changed since (the message names what).
     """
+    leave_import()
     began = time.monotonic()
     directory = Run.open(run)
     study_record = read_record(directory)
@@ -154,6 +157,7 @@ def open_posterior(run: str | os.PathLike[str], *, model: Model | None = None) -
         run: The run directory.
         model: Needed only where the run's model cannot be imported (one defined inside a function).
     """
+    leave_import()
     directory = Run.open(run)
     return Posterior.open(directory, load_context(str(directory.path), model))
 

@@ -24,6 +24,8 @@ from pavi_scale.rng import stream
 
 # (points [K, R], with gradient) -> (L [K], gradient [K, R] or None)
 Bound = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
+# (normal q(root), number) -> draws of it [N, R], log p - log q there [N]
+Check = Callable[[StudentT, int], tuple[np.ndarray, np.ndarray]]
 
 GAIN = 1e-2  # nats of one step below which the search for a mode ends: Newton steps do the rest
 
@@ -214,6 +216,62 @@ def ascend(bound: Bound, mode: np.ndarray, cov: np.ndarray, rounds: int, on_step
             inverse = left @ inverse @ left.T + np.outer(move, move) / along
         mode, value, gradient = mode + move, higher, after
     return mode, False
+
+
+def nearest(check: Check, q: StudentT, alike: float, rounds: int) -> tuple[StudentT, float]:
+    """A normal q(root), brought nearer to p while that makes log p - log q vary less over its draws; and the standard deviation that is left.
+
+    p has the importance-weighted bound where q has the mode and curvature of the plain one. Each unit's difference of the two is smooth in the root, and of
+    N units they move the root by about sqrt(N) of its sds. Few values tell nearly all of that, where a refit needs many, and more from so far away.
+
+    Args:
+        check: (q, number) -> draws `[N, R]`, others for each number, and log p - log q there.
+        q: Normal.
+        alike: Standard deviation at which it is near enough.
+        rounds: Most times that it is moved.
+    """
+    z, ratio = check(q, 0)
+    for number in range(1, rounds + 1):
+        if ratio.std() < alike or len(z) < 2 * (1 + len(q.loc)) or not np.isfinite(ratio).all():
+            break
+        moved = aligned(q, z, ratio)
+        there, after = check(moved, number)  # fresh draws: at the old ones least squares would have left less than there is
+        if not after.std() < ratio.std():
+            break
+        q, z, ratio = moved, there, after
+    return q, float(ratio.std())
+
+
+def aligned(q: StudentT, points: np.ndarray, ratio: np.ndarray) -> StudentT:
+    """The normal density nearest to p, as far as values of log p - log q at draws of a normal q tell.
+
+    In coordinates w in which q is standard normal, log p - log q = c + b w + w A w / 2 makes p normal with precision I - A and mean (I - A)^-1 b.
+    c, b and A are those of least squares; A is 0 where there are too few values.
+
+    Args:
+        q: Normal.
+        points: Draws `[N, R]` of it.
+        ratio: log p - log q there, `[N]`, nats.
+
+    Example:
+        >>> q, p = (StudentT(np.array([m]), np.array([[s]])) for m, s in ((0.0, 1.0), (1.0, 0.8)))
+        >>> z = np.linspace(-2, 2, 9)[:, None]
+        >>> found = aligned(q, z, p.log_prob(z) - q.log_prob(z))
+        >>> round(float(found.loc[0]), 6), round(float(found.chol[0, 0]), 6)
+        (1.0, 0.8)
+    """
+    n, r = points.shape
+    w = np.linalg.solve(q.chol, (points - q.loc).T).T
+    rows, columns = np.tril_indices(r)
+    design = np.concatenate([np.ones((n, 1)), w, w[:, rows] * w[:, columns]], axis=1)
+    if n < 2 * design.shape[1]:
+        design = design[:, : 1 + r]
+    found = np.linalg.lstsq(design, ratio, rcond=None)[0]
+    half = np.zeros((r, r))
+    half[rows, columns] = found[1 + r :] if len(found) > 1 + r else 0.0
+    values, vectors = np.linalg.eigh(np.eye(r) - half - half.T)
+    inverse = (vectors / np.clip(values, 0.25, 4.0)) @ vectors.T  # no sd more than doubled or halved at once
+    return StudentT(q.loc + q.chol @ inverse @ found[1 : 1 + r], _chol(q.chol @ inverse @ q.chol.T))
 
 
 def refit(

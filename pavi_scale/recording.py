@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import sys
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pavi_scale.cohort import Cohort, open_cohort
 from pavi_scale.digests import COHORT
 from pavi_scale.errors import RunError
+from pavi_scale.importing import import_model, leave_import
 from pavi_scale.model.template import Model
 from pavi_scale.run import Run
 from pavi_scale.settings import Settings
@@ -130,15 +128,16 @@ def settings_from(stored: Mapping[str, Any]) -> Settings:
 
 def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model:
     """The run's model: the one given, one alive in this process, or imported; its fingerprint must be the recorded one."""
+    leave_import()
     stored = study["model"]
     wanted = stored["fingerprint"]
-    found = model or _known.get(wanted) or import_model(stored, run)
+    found = model or _known.get(wanted) or import_model(stored, run.path)
     if found is None:
         raise RunError(
             "the run's model cannot be imported",
             where=run.path,
             expected=stored["import"] or "a model at module level",
-            got="nothing importable",
+            got="nothing importable" if os.path.isabs(stored["file"] or "") else "no file: it was typed, or made in a function",
             remedy="pass model=, or define the model at the top level of a module",
         )
     if found.fingerprint() != wanted:
@@ -150,28 +149,6 @@ def find_model(study: Mapping[str, Any], model: Model | None, run: Run) -> Model
             remedy="restore the model's code, or fit again in a new run",
         )
     return found
-
-
-def import_model(stored: Mapping[str, Any], run: Run) -> Model | None:
-    """Import a model by its recorded path, or from its recorded file - never one in the run directory: a run that was copied here brings no code."""
-    path, file = stored["import"], stored["file"]
-    if not path:
-        return None
-    name, attribute = path.split(":")
-    try:
-        module = importlib.import_module(name)
-        if not isinstance(getattr(module, attribute, None), Model):
-            raise ImportError(name)
-    except ImportError:
-        if not file or not os.path.isabs(file) or not os.path.exists(file) or Path(file).resolve().is_relative_to(run.path.resolve()):
-            return None
-        spec = importlib.util.spec_from_file_location(f"_pavi_{name.replace('.', '_')}", file)
-        if spec is None or spec.loader is None:
-            return None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    found = getattr(module, attribute, None)
-    return found if isinstance(found, Model) else None
 
 
 def reopen_cohort(study: Mapping[str, Any], model: Model, run: Run) -> Cohort:

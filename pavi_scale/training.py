@@ -25,7 +25,7 @@ from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import coordinates, dense_rest
 from pavi_scale.guide.student import StudentT
 from pavi_scale.guide.terms import absorbable
-from pavi_scale.marginal import Pool, ascend, find_mode, near_order, other_modes, polish, refit, whitening
+from pavi_scale.marginal import Pool, ascend, find_mode, near_order, nearest, other_modes, polish, refit, whitening
 from pavi_scale.noise import quasi_random
 from pavi_scale.nonfinite import Skips, shards_without, where_from
 from pavi_scale.numbering import exchangeable, one_numbering, renumbered
@@ -51,6 +51,10 @@ RUNS = 4  # runs of neighbouring units in one selection from a store
 FULL_RANK = 40  # root coordinates up to which free-row training couples them
 CHECK_SECONDS = 1.0  # modelled, of comparing a normal q(root) with L
 ALIKE = 0.05  # spread of log p - log q below which a normal q(root) is kept: an importance refit would move it by less than that many sds
+ALIGNMENTS = 3  # times that a normal q(root) is brought nearer to log p where points are dear
+DEAR = 500  # points of a refit that time allows for, below which they are: the effective ones that a refit aims at
+LEAST_POINTS = 192  # of a refit, whatever it takes: a good one makes more than ENOUGH effective ones of them
+ENOUGH = 100  # effective points of a refit about a mode that was reached, at which it counts as converged
 ASCENTS = 8  # gradients of the whole that a mode may take
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
@@ -184,8 +188,9 @@ class Trainer:
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
         self._improve(points, trained)
-        spread, done = self._check(gaussian), self._gaussian(gaussian)
         limit = int(np.clip(REFIT_SECONDS / self.cost(weighted=True), 32, 8192))
+        gaussian, spread = nearest(self._check, gaussian, ALIKE, ALIGNMENTS if limit < DEAR else 0)
+        mode, cov, done = gaussian.loc, gaussian.chol @ gaussian.chol.T, self._gaussian(gaussian)
         if spread < ALIKE or space.dim > 40 or limit < 20 * space.dim:
             # Too few points for a Pareto fit: a log-normal spread of s has about s / 3 of tail shape at these sizes.
             return self._fitted(*done, gaussian, converged, spread / 3.0)
@@ -194,11 +199,11 @@ class Trainer:
         try:
             pool = refit(
                 bound, mode, cov, seed=self.seed, per_round=min(256, max(32, limit // 8)),
-                target=min(1500.0, max(500.0, limit / 4)), max_points=min(8192, limit), deadline=self.deadline, on_step=self.tell,
+                target=min(1500.0, max(500.0, limit / 4)), max_points=max(limit, LEAST_POINTS), deadline=self.deadline, on_step=self.tell,
             )
         except NumericalError as error:
             raise self.nowhere_finite(mode) from error
-        return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > 100), pool.khat)
+        return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > ENOUGH), pool.khat)
 
     def _search(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Mode of L and covariance there: found on a sample where the cohort is large, and carried to the whole by a few gradients."""
@@ -280,15 +285,15 @@ class Trainer:
     def _normals(self, name: str, count: int, dim: int) -> np.ndarray:
         return np.asarray(ndtri(quasi_random(stream(self.seed, name), count, dim)))
 
-    def _check(self, gaussian: StudentT) -> float:
-        """Standard deviation of log p - log q over draws of a normal q(root): what its importance weights would vary by."""
+    def _check(self, gaussian: StudentT, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draws of a normal q(root), others for each number, and log p - log q there: its standard deviation is what importance weights would vary by."""
         dim = len(gaussian.loc)
         count = int(np.clip(CHECK_SECONDS / self.cost(weighted=True), 16, 64))
-        z = gaussian.sample(self._normals("check", count, dim), np.full(count, 0.5))
+        z = gaussian.sample(self._normals(f"check {number}" if number else "check", count, dim), np.full(count, 0.5))
         value, _ = self.bound(z, False, weighted=True)
         ratio = value - gaussian.log_prob(z)
         self.tell("check", float(ratio.mean()))
-        return float(ratio.std())
+        return z, ratio
 
     def _gaussian(self, gaussian: StudentT) -> tuple[np.ndarray, np.ndarray]:
         """Equally weighted points of a normal q(root)."""

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch.distributions import Bernoulli, HalfNormal, Normal, Poisson
 
 import pavi_scale as ps
+from pavi_scale import training
 from pipelines import eight_schools, gm, gre, nc
 
 
@@ -79,3 +81,53 @@ def test_a_fit_of_the_wrong_family_is_unreliable(name):
 def test_a_fit_cut_short_is_not_ok(name):
     model, sizes = GOOD[name]
     assert ps.fit(model, simulated(model, sizes), progress=False, max_time=1e-3).status in {"unconverged", "unreliable"}
+
+
+counts = ps.Model(
+    ps.Plate("group"),
+    ps.Plate("obs", within="group"),
+    mu=ps.latent(lambda: Normal(0.0, 10.0)),
+    s=ps.latent(lambda: HalfNormal(1.0)),
+    a=ps.latent(lambda mu, s: Normal(mu, s), plates="group"),
+    y=ps.observed(lambda a: Poisson(torch.exp(a)), plates="obs"),
+)
+
+
+def counted(groups):
+    rng, of = np.random.default_rng(0), np.repeat(np.arange(groups), 5)
+    y = rng.poisson(np.exp(rng.normal(size=groups))[of]).astype(float)
+    return xr.Dataset({"y": ("obs", y), "group_of": ("obs", of, {"instance_dimension": "group"})})
+
+
+def root_of(posterior):
+    means, sds = (posterior.datatree[g] for g in ("posterior_mean", "posterior_sd"))
+    return tuple(np.array([float(t[n]) for n in ("mu", "s")]) for t in (means, sds))
+
+
+def test_many_groups_are_ok():
+    """Of as many groups, time allows for fewer points of the root than would count as a converged refit."""
+    posterior = ps.fit(counts, counted(8_000), progress=False)
+    assert posterior.status == "ok"
+    assert (np.abs(root_of(posterior)[0] - [0.0, 1.0]) < [0.04, 0.03]).all()
+
+
+@pytest.mark.parametrize("points", [32, 150])
+def test_few_points_find_the_root_that_many_find(points, monkeypatch):
+    cohort = counted(500)
+    mean, sd = root_of(ps.fit(counts, cohort, progress=False))
+    cost = []
+    monkeypatch.setattr(training.Trainer, "cost", lambda self, weighted, whole=training.Trainer.cost: cost.append(whole(self, weighted)) or cost[-1])
+    ps.fit(counts, cohort, progress=False)
+    monkeypatch.setattr(training, "REFIT_SECONDS", points * cost[-1])
+    few = ps.fit(counts, cohort, progress=False)
+    assert few.status == "ok"
+    near, width = root_of(few)
+    assert (np.abs(near - mean) < 0.15 * sd).all()
+    np.testing.assert_allclose(width, sd, rtol=0.15)
+
+
+def test_a_search_that_stopped_early_is_unconverged_all_the_same(monkeypatch):
+    """However near q(root) is brought afterwards."""
+    monkeypatch.setattr(training, "REFIT_SECONDS", 0.0)
+    monkeypatch.setattr(training, "polish", lambda *given, whole=training.polish: (*whole(*given)[:2], False))
+    assert ps.fit(counts, counted(200), progress=False).status == "unconverged"

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pavi_scale.guide.student import StudentT
-from pavi_scale.marginal import Pool, covariance, curvature, find_mode, polish, refit, whitening
+from pavi_scale.marginal import Pool, covariance, curvature, find_mode, nearest, polish, refit, whitening
 from pavi_scale.psis import smooth
 
 SHIFT = 3.7  # log evidence of every target below
@@ -158,3 +158,28 @@ def test_student_t_density_and_draws_agree_with_scipy(df):
     white = np.linalg.solve(chol, (draws - law.loc).T)
     marginal = stats.norm if math.isinf(df) else stats.t(df)
     assert min(stats.kstest(w, marginal.cdf).pvalue for w in white) > 1e-3
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_normal_brought_nearer(name):
+    """From a few sds off: to the target itself where that is normal, never further away, and not at all on too few draws."""
+    bound, mean, sd = _bound(name)
+    rng, asked, seen = np.random.default_rng(0), [], []
+
+    def check(q, number, count=64):
+        z = q.sample(rng.normal(size=(count, len(mean))), np.full(count, 0.5))
+        ratio = bound(z, False)[0] - q.log_prob(z)
+        asked.append(number)
+        seen.append(ratio.std())
+        return z, ratio
+
+    start = StudentT(mean + 2.0 * sd, np.diag(0.8 * sd))
+    found, left = nearest(check, start, 0.05, 3)
+    assert left == min(seen)
+    assert asked == list(range(len(asked)))
+    if name == "gaussian":
+        assert left < 0.05
+        np.testing.assert_allclose(found.loc, mean, atol=1e-6)
+        np.testing.assert_allclose(np.sqrt(np.diagonal(found.chol @ found.chol.T)), sd, rtol=1e-6)
+    assert nearest(lambda q, number: check(q, number, 5), start, 0.05, 3)[0] is start
+    assert nearest(check, start, 0.05, 0)[0] is start
