@@ -98,9 +98,8 @@ def fit(
     leave_import()
     began = time.monotonic()
     check_options(seed, max_time, device, staleness, client)
-    config = {
-        "seed": int(seed), "encoding": encoding_record(encoding), "memory": memory, "device": device, "max_time": max_time, "staleness": int(staleness),
-    }
+    options = {"memory": memory, "device": device, "max_time": max_time, "staleness": int(staleness)}
+    config = {"seed": int(seed), "encoding": encoding_record(encoding), **options}
     if run is not None:
         local_path(run)  # no path, no study
     if not isinstance(model, Model):

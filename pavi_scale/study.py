@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pavi_scale.batching import most_units, split_plate
 from pavi_scale.cohort import Cohort, Origin, open_cohort

@@ -22,6 +22,7 @@ from pavi_scale.guide.blocks import Component
 
 Pair = tuple[str, str]
 DIGITS = 1e3  # roundings that a precision must be larger than
+LEAST = 1e-24  # precision that is one: what is measured in millions of millions has it, and that of single numbers still has its square root
 
 
 def factorise(precision: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def factorise(precision: Tensor) -> Tensor:
     """
     e = precision.shape[-1]
     if e == 1:
-        return torch.where(precision > _floor(precision), precision, precision.detach().abs().clamp_min(_floor(precision))).sqrt()
+        return torch.where(precision > LEAST, precision, precision.detach().abs().clamp_min(_floor(precision))).sqrt()
     factor, info = torch.linalg.cholesky_ex(precision)
     bad = (info > 0) | ~torch.isfinite(factor).all(-1).all(-1)
     if bool(bad.any()):

@@ -60,7 +60,7 @@ class RootSpace:
                     theta[name] = self.graph.law(v, {**theta, **data}).sample().to(torch.float64)
                     flat.append(self.graph.links[name].inverse(theta[name]).flatten())
                 rows.append(torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64))
-        return torch.nan_to_num(torch.stack(rows), nan=0.0, posinf=30.0, neginf=-30.0).clamp(-1e6, 1e6).numpy()
+        return torch.nan_to_num(torch.stack(rows), nan=0.0, posinf=30.0, neginf=-30.0).clamp(-1e100, 1e100).numpy()  # whose squares are finite, too
 
     def pack(self, theta: Mapping[str, np.ndarray]) -> np.ndarray:
         """Unconstrained coordinates of one set of constrained values."""

@@ -14,10 +14,9 @@ LEVELS = {
     "model": 2, "cohort": 2, "encodings": 2, "flows": 2, "optimizers": 2, "lease": 2,
     "reduced": 3, "holding": 3, "noise": 3, "guide": 3, "batching": 3, "settings": 3, "server": 3,
     "ahead": 4, "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "ratios": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
-    "spec": 4, "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
+    "spec": 4, "importing": 4, "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
     "posterior": 4, "server.runtime": 4,
-    "study": 5, "structure": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "searching": 5, "importing": 4, "recording": 5, "writing": 5,
-    "fitting": 5,
+    "study": 5, "structure": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "searching": 5, "recording": 5, "writing": 5, "fitting": 5,
     "summary": 5, "calibration": 5, "reporting": 5, "config": 5, "watching": 5, "checking": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
