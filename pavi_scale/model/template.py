@@ -24,8 +24,7 @@ LONGEST_NAME = 120  # bytes; file systems allow 255, and names get suffixes
 # Names that a posterior has a use for: a model that had them too would be fitted, and its posterior could not be read.
 OF_DRAWS = ("chain", "draw")  # dimensions of draws, and their coordinates
 OF_RESULTS = ("quantile", "threshold")  # dimensions of what `Posterior.quantile` and `Posterior.exceedance` return, and their coordinates
-OF_TABLES = ("variable",)  # dimension of ArviZ's own, under which it stacks the variables of `Posterior.summary`
-OF_CALLS = ("draws", "latent", "memory", "q", "seed", "self", "store", "threshold")  # arguments of `Posterior`'s methods beside a selection `plate=label`
+OF_CALLS = ("draws", "seed", "self")  # arguments of `Posterior.sample` and `Posterior.predict` beside a selection `plate=label`
 OF_MODEL = ("self", "sizes")  # arguments of `Model` beside its variables
 
 
@@ -224,14 +223,14 @@ def _check_name(name: object, where: str) -> None:
 def _check_reserved(plates: Mapping[str, Plate], variables: Mapping[str, Variable]) -> None:
     """Refuse names that the posterior has a use for, all at once: a plate or event dimension is selected by its name, and lies beside those of draws."""
     axes = {**dict.fromkeys(plates, "plate"), **{d: "event dimension" for v in variables.values() for d in v.dims if d not in plates}}
-    used = [f"{kind} {name!r}" for name, kind in axes.items() if name in {*OF_DRAWS, *OF_RESULTS, *OF_TABLES, *OF_CALLS}]
+    used = [f"{kind} {name!r}" for name, kind in axes.items() if name in {*OF_DRAWS, *OF_RESULTS, *OF_CALLS}]
     taken = {"latent": {*OF_DRAWS, *OF_RESULTS, *OF_MODEL}, "observed": {*OF_DRAWS, *OF_MODEL}, "covariate": {*OF_MODEL}}
     used += [f"variable {v.name!r}" for v in variables.values() if v.name in taken[v.kind]]
     if used:
         raise ModelError(
             "a name is reserved",
             where="Model",
-            expected=f"plates and event dimensions other than {', '.join(sorted({*OF_DRAWS, *OF_RESULTS, *OF_TABLES, *OF_CALLS}))}"
+            expected=f"plates and event dimensions other than {', '.join(sorted({*OF_DRAWS, *OF_RESULTS, *OF_CALLS}))}"
             f"; latents other than {', '.join(sorted(taken['latent']))}; observed variables other than {', '.join(sorted(taken['observed']))}"
             f"; covariates other than {', '.join(sorted(taken['covariate']))}",
             got=", ".join(used),

@@ -175,6 +175,11 @@ class Posterior:
         latent = next((v for v in self._context.latents if v.name == name), None)
         if latent is None:
             raise InputError("unknown latent", where=what, expected=f"one of {[v.name for v in self._context.latents]}", got=repr(name))
+        # A label meant to select must not become a path that is written to.
+        options = {"store": store is not None, "memory": memory != MEMORY}
+        if both := [n for n, given in options.items() if given and n in (*latent.plates, *latent.dims)]:
+            remedy = "select in what is returned, or in Posterior.datatree; or rename the plate"
+            raise InputError("an argument may be an option or a plate", where=what, got=", ".join(both), remedy=remedy)
         chosen, budget, sampler = select(self._context, [latent], sel, what), parse_bytes(memory), self._sampler(seed)
         # Half of the memory is for the draws, half for the result.
         lengths = piece_lengths(latent, draws, budget // 2, self._blocks(latent))

@@ -8,10 +8,10 @@ import xarray as xr
 from torch.distributions import Normal
 
 import pavi_scale as ps
-from pavi_scale.errors import ModelError
-from pavi_scale.model.template import OF_CALLS, OF_DRAWS, OF_MODEL, OF_RESULTS, OF_TABLES
+from pavi_scale.errors import InputError, ModelError
+from pavi_scale.model.template import OF_CALLS, OF_DRAWS, OF_MODEL, OF_RESULTS
 
-AXES = sorted({*OF_DRAWS, *OF_RESULTS, *OF_TABLES, *OF_CALLS})
+AXES = sorted({*OF_DRAWS, *OF_RESULTS, *OF_CALLS})
 
 
 def renamed(**names):
@@ -30,10 +30,8 @@ def renamed(**names):
 
 def test_the_arguments_beside_a_selection_are_those_that_the_posterior_has():
     found = set()
-    for name, method in inspect.getmembers(ps.Posterior, inspect.isfunction):
-        parameters = inspect.signature(method).parameters
-        if not name.startswith("_") and any(p.kind is p.VAR_KEYWORD and p.name == "sel" for p in parameters.values()):
-            found |= {p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD}
+    for method in (ps.Posterior.sample, ps.Posterior.predict):
+        found |= {p.name for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD}
     assert sorted(OF_CALLS) == sorted(found)
     of_model = {p.name for p in inspect.signature(ps.Model.__init__).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     assert sorted(OF_MODEL) == sorted(of_model)
@@ -78,3 +76,14 @@ def test_other_names_are_free(names, tmp_path):
     assert posterior.quantile(y, [0.1, 0.9], store=tmp_path / "q", **{a: [0, 1], k: 0}).shape == (2, 2)
     assert posterior.exceedance(y, [0.1, 0.9], **{a: [0, 1], k: 0}).shape == (2, 2)
     assert posterior.datatree["posterior"][y].sizes == {"chain": 1, "draw": 1000, a: 4, k: 2}
+
+
+@pytest.mark.parametrize("name", ["store", "memory"])
+def test_an_option_of_quantiles_may_be_a_plate_but_not_both(name):
+    model, data = renamed(a=name)
+    posterior = ps.fit(model, data, progress=False)
+    assert posterior.sample(3, **{name: 1})["y"].dims == ("draw", "k")
+    assert posterior.quantile("y", 0.5, draws=5).dims == (name, "k")
+    for ask in (posterior.quantile, posterior.exceedance):
+        with pytest.raises(InputError, match="an option or a plate"):
+            ask("y", 0.5, **{name: 1})
