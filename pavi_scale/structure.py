@@ -32,6 +32,7 @@ EXTREMES = 1_000_000  # values of a covariate up to which its least and largest 
 TRIED = 4_000_000  # values of a variable that its law is tried on; of more, those of units spread over all
 AT_ONCE = 1 << 18
 LONG_RUNS = 64  # of neighbours, where not all are tried
+MOST_READ = 64_000_000  # values that such runs may lie in chunks of
 EXACT = 1e-7  # of the values, that a difference which should be zero may be
 WIDTH = 0.7  # of steps, in unconstrained coordinates
 
@@ -113,7 +114,7 @@ def tried(
         for factor in component.factors:
             if not (known["quadratic"] or known["elementwise"]) or not differs(graph, factor):
                 continue
-            for selection in selections(graph, cohort.layout, factor):
+            for selection in selections(graph, cohort, factor):
                 names = [v.name for v in graph.model.of_kind("observed", "covariate")]
                 reduced = Reduced(graph, selection, Reading(graph, selection, names, cohort))
                 line, apart = differences(guide, component, factor, reduced, root, seed)
@@ -130,9 +131,9 @@ def differs(graph: Graph, factor: Factor) -> bool:
     return bool(v.plates) and (v.kind == "observed" or any(graph.model.variables[p].kind != "latent" and graph.model.variables[p].plates for p in v.parents))
 
 
-def selections(graph: Graph, layout: Layout, factor: Factor) -> Iterator[Selection]:
+def selections(graph: Graph, cohort: Cohort, factor: Factor) -> Iterator[Selection]:
     """Units of a law's largest plate, some at a time, with the units above them and all of the law's other plates; one unit of plates not concerned."""
-    v = graph.model.variables[factor.variable]
+    v, layout = graph.model.variables[factor.variable], cohort.layout
     fine = max(v.plates, key=lambda p: layout.cardinality[p])
     above = ancestors(layout.plates, fine)
     involved = {q for p in v.plates for q in (p, *ancestors(layout.plates, p))}
@@ -141,8 +142,9 @@ def selections(graph: Graph, layout: Layout, factor: Factor) -> Iterator[Selecti
     each = math.prod(layout.cardinality[p] for p in v.plates if p != fine) * math.prod(graph.shape(v))
     units = np.arange(n)
     if n * each > TRIED:
-        length = max(1, TRIED // (each * LONG_RUNS))
-        starts = np.unique(np.linspace(0, n - length, min(LONG_RUNS, n)).astype(np.int64))
+        runs = min(n, LONG_RUNS, max(RUNS, MOST_READ // (each * (cohort.chunk(fine) or 1))))
+        length = max(1, TRIED // (each * runs))
+        starts = np.unique(np.linspace(0, n - length, runs).astype(np.int64))
         units = (starts[:, None] + np.arange(length)).flatten()  # runs do not meet: together they are less than the plate
     size = max(1, AT_ONCE // each)
     for start in range(0, len(units), size):
