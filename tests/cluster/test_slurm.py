@@ -55,7 +55,7 @@ def test_a_refused_job_is_an_error_at_once(slurm, tools, gre_cohort, tmp_path, m
 
 @pytest.mark.timeout(580)
 def test_gre_survives_a_cancelled_and_a_preempted_job(slurm, tools, tmp_path, monkeypatch):
-    gre.make_cohort(str(tmp_path / "gre.zarr"), groups=1_000_000, observations=2, features=4)
+    gre.make_cohort(str(tmp_path / "gre.zarr"), groups=4_000_000, observations=2, features=4)
     options = yaml.safe_load((tools.root / "cluster/slurm.yaml").read_text())
     options |= {"workers": 2, "memory": "2 GiB", "interface": "lo", "shared": str(tmp_path / "shared"), "queue": "low", "lost_after": 5, "patience": 240}
     (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(options))

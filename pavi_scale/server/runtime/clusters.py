@@ -16,6 +16,7 @@ from typing import Any
 
 import dask.config
 from distributed import Client, LocalCluster, Scheduler, Security, SpecCluster
+from distributed.core import Status
 
 from pavi_scale.errors import ClusterLost, StudyError
 from pavi_scale.server import clusters
@@ -122,11 +123,22 @@ def _remote(options: clusters.Remote, start: Callable[[], Any]) -> Iterator[Clie
             cluster = start()
         with cluster, Client(cluster, set_as_default=False) as client:
             with _clear(f"cluster of kind {getattr(options, 'kind', '')!r}"):
-                cluster.scale(options.workers)
-                cluster.sync(cluster._correct_state)  # a refused job is an error now, not a line in a log
+                cluster.sync(_scaled, cluster, options.workers)
             with kept(cluster, options.workers):
                 _wait(client, 1, options.patience)
                 yield client
+
+
+async def _scaled(cluster: Any, workers: int) -> None:
+    """Scale a cluster, so that a refused job is an error now, not a line in a log: Dask submits jobs once, and raises where that is waited for first."""
+    cluster.scale(workers)
+    try:
+        await cluster._correct_state()
+    except Exception:
+        for worker in list(cluster._created):  # closing would trip over what has never begun, and hide why
+            if worker.status == Status.created:
+                cluster._created.discard(worker)
+        raise
 
 
 def _ssh_cluster(options: clusters.SSHCluster) -> SpecCluster:
