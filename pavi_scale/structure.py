@@ -8,7 +8,7 @@ unit's covariates or data could make it another law; a threshold in a covariate,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ LONG_RUNS = 64  # of neighbours, where not all are tried
 MOST_READ = 64_000_000  # values that such runs may lie in chunks of
 EXACT = 1e-7  # of the values, that a difference which should be zero may be
 WIDTH = 0.7  # of steps, in unconstrained coordinates
+NEAR = 0.3  # the same of the points about which few units are probed
 
 
 def small_reduced(graph: Graph, cohort: Cohort, guide: Guide, units: int) -> Reduced:
@@ -82,17 +83,9 @@ def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: in
     with precision(torch.float64):
         reduced = small_reduced(graph, cohort, guide, 3)
         space = RootSpace(graph, reduced)
-        draws = []
-        for z in torch.from_numpy(space.prior_draws(2, seed)).split(1):
-            values: dict[str, Value] = dict(space.values(z))
-            for block in guide.blocks:
-                for latent in block.latents:
-                    mean = reduced.prior_mean(latent, values)
-                    link, v = graph.links[latent], graph.model.variables[latent]
-                    noisy = mean + 0.3 * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-                    values[latent] = Value(link.forward(noisy), v.plates)
-            draws.append(values)
-        return tried(graph, cohort, free, probe(graph, free, reduced, draws), space.values(torch.from_numpy(space.prior_draws(1, seed))), seed)
+        roots = [space.values(z) for z in torch.from_numpy(space.prior_draws(2, seed)).split(1)]
+        draws = [near_prior(guide, reduced, root, list(graph.links), NEAR, torch.Generator().manual_seed(seed))[0] for root in roots]
+        return tried(graph, cohort, free, probe(graph, free, reduced, draws), roots[0], seed)
 
 
 def tried(
@@ -108,14 +101,13 @@ def tried(
         root: Values of the root variables at a point.
         seed: Seed of the points.
     """
-    guide = Guide(graph, free, structure)
+    guide, names = Guide(graph, free, structure), [v.name for v in graph.model.of_kind("observed", "covariate")]
     for component in guide.components:
         known = structure[component.name]
-        for factor in component.factors:
-            if not (known["quadratic"] or known["elementwise"]) or not differs(graph, factor):
-                continue
+        for factor in (f for f in component.factors if differs(graph, f)):
             for selection in selections(graph, cohort, factor):
-                names = [v.name for v in graph.model.of_kind("observed", "covariate")]
+                if not (known["quadratic"] or known["elementwise"]):
+                    break
                 reduced = Reduced(graph, selection, Reading(graph, selection, names, cohort))
                 line, apart = differences(guide, component, factor, reduced, root, seed)
                 known["quadratic"] = known["quadratic"] and line
@@ -170,7 +162,8 @@ def differences(guide: Guide, component: Component, factor: Factor, reduced: Red
         for bit in range(len(events).bit_length()):  # each pair of events is on different sides once
             side = ((events >> bit) & 1).to(reduced.dtype)[:, None]
             one, other = value(dict.fromkeys(start, side)), value(dict.fromkeys(start, 1.0 - side))
-            apart = apart and bool(((values[1] - one - other + values[0]).abs() <= EXACT * size).all())
+            # What has no value there says nothing: of counts, say, under a prior that is wide.
+            apart = apart and not bool(((values[1] - one - other + values[0]).abs() > EXACT * size).any())
         return line, apart
 
 
@@ -179,7 +172,7 @@ def at_prior(
 ) -> tuple[Laws, dict[str, Tensor]]:
     """The laws of a component, and coordinates of the blocks that one of them touches, near the prior means of a reduced model's units."""
     graph = guide.graph
-    variables, links = graph.model.variables, graph.links
+    variables = graph.model.variables
     touched = [b for b in component.blocks if b.name in dict(factor.touches)]
     needed, more = set(), [*variables[factor.variable].parents, *(n for b in touched for n in b.latents)]
     while more:
@@ -187,15 +180,27 @@ def at_prior(
         if name not in needed and variables[name].kind == "latent":
             needed.add(name)
             more += variables[name].parents
-    values = dict(root)
+    values, coordinates = near_prior(guide, reduced, root, needed, WIDTH, generator)
     laws = Laws(component, reduced, values, 1)
-    parts: dict[str, dict[str, Tensor]] = {b.name: {} for b in touched}
-    for block in guide.blocks:
-        for latent in (n for n in block.latents if n in needed):
-            mean = reduced.prior_mean(latent, values)
-            noisy = mean + WIDTH * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-            values[latent] = Value(links[latent].forward(noisy), variables[latent].plates)
-            if block.name in parts:
-                order = [0, *(1 + variables[latent].plates.index(p) for p in block.plates), *range(1 + len(block.plates), noisy.ndim)]
-                parts[block.name][latent] = noisy.permute(order).reshape(1, -1, *links[latent].base_shape)
-    return laws, {b.name: laws.join(b, parts[b.name]) for b in touched}
+    start = {}
+    for block in touched:
+        parts = {}
+        for latent in block.latents:
+            v = variables[latent]
+            order = [0, *(1 + v.plates.index(p) for p in block.plates), *range(1 + len(v.plates), coordinates[latent].ndim)]
+            parts[latent] = coordinates[latent].permute(order).reshape(1, -1, *graph.links[latent].base_shape)
+        start[block.name] = laws.join(block, parts)
+    return laws, start
+
+
+def near_prior(
+    guide: Guide, reduced: Reduced, root: Mapping[str, Value], wanted: Collection[str], width: float, generator: torch.Generator
+) -> tuple[dict[str, Value], dict[str, Tensor]]:
+    """Values of the root and of wanted latents near their prior means given their parents, which are wanted too; and their unconstrained coordinates."""
+    links, variables = guide.graph.links, guide.graph.model.variables
+    values, coordinates = dict(root), {}
+    for latent in (n for b in guide.blocks for n in b.latents if n in wanted):
+        mean = reduced.prior_mean(latent, values)
+        coordinates[latent] = mean + width * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        values[latent] = Value(links[latent].forward(coordinates[latent]), variables[latent].plates)
+    return values, coordinates

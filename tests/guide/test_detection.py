@@ -237,6 +237,17 @@ def test_events_that_meet_for_some_units_are_not_separate(pair):
     assert not _told(lambda a, one_cell: law(a, one_cell, mixed=0.5), dims=("event",), **columns).elementwise
 
 
+def test_units_at_which_a_law_has_no_value_tell_nothing_of_its_events():
+    """exp(1000 a) is beyond all numbers for some: that is no interaction."""
+    model = ps.Model(
+        ps.Plate("unit"), sizes={"event": 3}, a=ps.latent(lambda: Normal(0.0, 1.0), plates="unit", dims="event"),
+        y=ps.observed(lambda a: Poisson((1000.0 * a).exp()), plates="unit", dims="event"),
+    )
+    (component,) = oracle.compute(model, xr.Dataset({"y": (("unit", "event"), np.ones((200, 3)))})).guide.components
+    assert component.elementwise
+    assert not component.quadratic
+
+
 def test_of_a_larger_table_neighbourhoods_all_over_it_are_tried(monkeypatch):
     monkeypatch.setattr("pavi_scale.structure.TRIED", 10_000)
     law = lambda a, one: Normal(a + 0.3 * (one == 1.0) * a**3, 0.3)  # noqa: E731
