@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pavi_scale.reporting import report as write_report
     from pavi_scale.run import Run, is_run
     from pavi_scale.server.runtime.clusters import open_cluster
+    from pavi_scale.settings import make_graph
     from pavi_scale.study import plan as plan_study
     from pavi_scale.summary import summary_table
 else:  # each command imports what it needs: a plan is shown before a fit would have begun
@@ -45,6 +46,7 @@ else:  # each command imports what it needs: a plan is shown before a fit would 
     open_posterior, summary_table = Later("pavi_scale.fitting:open_posterior"), Later("pavi_scale.summary:summary_table")
     write_report, Run, is_run = Later("pavi_scale.reporting:report"), Later("pavi_scale.run:Run"), Later("pavi_scale.run:is_run")
     open_cluster, plan_study = Later("pavi_scale.server.runtime.clusters:open_cluster"), Later("pavi_scale.study:plan")
+    make_graph = Later("pavi_scale.settings:make_graph")
 
 app = typer.Typer(
     name="pavi-scale",
@@ -234,6 +236,7 @@ def check(
     if calibrate:
         _calibrate(found, cohort, runs, sizes or ())
         return
+    make_graph(cohort)  # by which it learns what its values may be
     cohort.check_values()
     if cohort.source is not None and COHORT.path(Path(cohort.source)).exists():
         COHORT.verify(Path(cohort.source))

@@ -103,6 +103,21 @@ def test_bad_cohort(folder, run, command, case):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "fit", "check"])
+def test_values_that_the_law_cannot_take(folder, run, command):
+    text = (folder / "toystudy.py").read_text()
+    (folder / "counts.py").write_text(text.replace("HalfNormal, Normal", "HalfNormal, Normal, Poisson").replace("Normal(theta, 0.5)", "Poisson(theta.exp())"))
+    cohort = xr.open_zarr(folder / "cohort.zarr", consolidated=False).load()
+    counts = np.ones(cohort.sizes["obs"])
+    counts[7] = 0.5
+    cohort.assign(x=("obs", counts)).drop_encoding().to_zarr(folder / "bad.zarr", zarr_format=3, consolidated=False)
+    code, _, err = run(command, "study.yaml", "--set", "cohort=bad.zarr", "--set", "model=counts:model")
+    assert code == 2
+    one_sentence(err)
+    assert "outside the support" in err
+    assert "obs=7" in err
+
+
 @pytest.mark.parametrize("consolidated", [False, True])
 def test_text_labels_that_xarray_wrote_are_no_news(folder, run, consolidated):
     """Zarr's warning about text of fixed length does not stand above the one sentence, nor above a result."""
