@@ -9,7 +9,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -214,8 +213,6 @@ class StudyComputation:
 
     def compute(self, kind: str, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Answer one task of a round."""
-        if kind == "search":  # a study of its own, in miniature: what it takes is imported by whoever is asked for one
-            return dict(import_module("pavi_scale.searching").search(self, state, task))
         with on(self.device), precision(self.dtype) if kind != "fetch" else contextlib.nullcontext():  # which computes nothing, beside whoever does
             answer = getattr(self, f"task_{kind}", None)
             if answer is None:

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pavi_scale.cohort import CohortSpec
-from pavi_scale.computation import StudyComputation
+from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.device import check_room, find
+from pavi_scale.later import Later
 from pavi_scale.memory import keep_freed_memory
 from pavi_scale.model.template import Model
 from pavi_scale.settings import Settings, make_graph
 
+if TYPE_CHECKING:
+    from pavi_scale import searching
+else:
+    searching = Later("pavi_scale.searching")  # takes a second: for those who are asked to search
+
+
+class Answers(StudyComputation):
+    """A study's computation that follows starts of the search in miniature, too."""
+
+    def compute(self, kind: str, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Answer one task of a round; a search is a study of its own, with its own data."""
+        return searching.search(self, state, task) if kind == "search" else super().compute(kind, state, task)
+
 
 @dataclass(frozen=True)
 class StudySpec:
-    """Picklable recipe of a `StudyComputation`.
+    """Picklable recipe of a study's computation.
 
     Args:
         model: The model.
@@ -35,7 +53,7 @@ class StudySpec:
         """torch threads of a task."""
         return self.settings.threads
 
-    def build(self) -> StudyComputation:
+    def build(self) -> Answers:
         """Open the cohort and build the guide.
 
         Raises:
@@ -46,4 +64,4 @@ class StudySpec:
         device = find(self.device)
         check_room(device, self.device_bytes)
         cohort = self.cohort.open(self.model)
-        return StudyComputation(make_graph(cohort), cohort, self.settings, device)
+        return Answers(make_graph(cohort), cohort, self.settings, device)

@@ -14,9 +14,9 @@ LEVELS = {
     "model": 2, "cohort": 2, "encodings": 2, "flows": 2, "optimizers": 2, "lease": 2,
     "reduced": 3, "holding": 3, "noise": 3, "guide": 3, "batching": 3, "settings": 3, "server": 3,
     "ahead": 4, "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "ratios": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,
-    "spec": 4, "importing": 4, "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
+    "importing": 4, "numbering": 4, "diagnosing": 4, "scores": 4, "sites": 4, "upper": 4,
     "posterior": 4, "server.runtime": 4,
-    "study": 5, "structure": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "searching": 5, "recording": 5, "writing": 5, "fitting": 5,
+    "spec": 5, "study": 5, "structure": 5, "training": 5, "nonfinite": 5, "rows": 5, "miniature": 5, "searching": 5, "recording": 5, "writing": 5, "fitting": 5,
     "summary": 5, "calibration": 5, "reporting": 5, "config": 5, "watching": 5, "checking": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
@@ -46,8 +46,15 @@ def modules(root: Path, package: str) -> dict[str, Path]:
 
 
 def imports(tree: ast.Module, known: set[str]) -> Iterator[tuple[str, int]]:
-    """Dotted module names imported anywhere in a module, with their lines; `from p import m` names `p.m` where that is a module."""
+    """Dotted module names imported anywhere in a module, with their lines; `from p import m` names `p.m` where that is a module.
+
+    A module that is called by its name when it is needed (`Later("p.m")`, `import_module("p.m")`) is an import, too.
+    """
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute) and node.args and isinstance(node.args[0], ast.Constant):
+            called, named = node.func.id if isinstance(node.func, ast.Name) else node.func.attr, str(node.args[0].value).partition(":")[0]
+            if called in ("Later", "import_module") and named in known:
+                yield named, node.lineno
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -180,6 +187,8 @@ PLANTS = {
     "type-checking only": ({"pavi_scale/rng.py": "import typing\nif typing.TYPE_CHECKING:\n    import pavi_scale.plates\n"}, "level 0 module pavi_scale.rng"),
     "in a function": ({"pavi_scale/fitting.py": "def f():\n    import math\n    return math\n"}, "fitting.py:2: import inside a function"),
     "cycle": ({"pavi_scale/elbo.py": "import pavi_scale.planning\n", "pavi_scale/planning.py": "from pavi_scale import elbo\n"}, "import cycle"),
+    "called by its name": ({"pavi_scale/plates.py": "import importlib\nf = importlib.import_module('pavi_scale.fitting')\n"}, "imports level 5"),
+    "later": ({"pavi_scale/plates.py": "from pavi_scale.later import Later\nfit = Later('pavi_scale.fitting:fit')\n"}, "imports level 5"),
     "facade": ({"pavi_scale/fitting.py": "import pavi_scale\n"}, "imports the package's facade"),
     "relative": ({"pavi_scale/fitting.py": "from .errors import PaviError\n"}, "relative import"),
     "dask in the mathematics": ({"pavi_scale/guide/core.py": "import dask.array as da\n"}, "dask imported in guide.core"),
