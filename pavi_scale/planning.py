@@ -18,7 +18,7 @@ TEMPORARIES = 24  # arrays of the size of one chunk's values that a second-order
 LABELLED_VALUES, LABELLED_LABELS = 2, 5  # the same where units are settled by sweeps: arrays of an observation's values, and of its labels
 SWEPT_CHUNK = 1 << 20  # units x particles of one chunk there: larger ones only take memory that the system must hand out anew
 LONG_CHUNK = 1 << 22  # the same at most, where the store's own chunks are long
-SITE_ARRAYS = 40  # sites, centres, widths; score and curvature from each of up to 16 tasks of a round
+SITE_ARRAYS = 40  # sites, centres, widths; score and curvature of a round, and those of up to 16 tasks that wait for an earlier one
 ROOT_PASSES = 12  # full-data rounds of the finish, typically
 
 

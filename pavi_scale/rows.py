@@ -28,7 +28,7 @@ from pavi_scale.marginal import refit, whitening
 from pavi_scale.miniature import first_selection
 from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
-from pavi_scale.scores import ROOT, Scores, whole
+from pavi_scale.scores import ROOT, Scores, summed
 from pavi_scale.server.answer import torch_threads
 from pavi_scale.sites import Centre, Residual, Sites, refreshed, residual, updated
 from pavi_scale.starts import start_points
@@ -47,7 +47,7 @@ ROOT_ERROR = 0.02  # of the root's last step, that its curvature is taken to be 
 REFRESH = 500_000
 ATTEMPTS = 3  # looks at a selection whose scores are not finite, each from nearer by
 APART = 4  # root coordinates up to which each is probed by itself
-TASKS = 24  # parts of a round, whoever computes them: the last ones end at about the same time
+SHARES = 12  # tasks that half of what is left of a round is divided into, again and again, whoever computes them
 LEAST_PIECES = 4  # of a round
 POWERS = 4  # rounds that look for lost couplings
 LOOKED = 16  # share of the cohort that they look at first, at most
@@ -260,9 +260,17 @@ class Rows:
         return [units[a : a + length] for a in range(0, size, length)]
 
     def parts(self, pieces: list[Any]) -> list[list[Any]]:
-        """Pieces by task."""
-        per = -(-len(pieces) // TASKS)
-        return [pieces[a : a + per] for a in range(0, len(pieces), per)]
+        """Pieces by task: long ones first, for what a task costs; short ones last, so that all workers end at about the same time.
+
+        Half of what is left goes into tasks of one length, then half of the rest ("factoring": Hummel, Schonberg & Flynn, CACM 35(8), 1992).
+        """
+        out, left = [], pieces
+        while left:
+            each = math.ceil(len(left) / (2 * SHARES))
+            for _ in range(SHARES):
+                out.append(left[:each])
+                left = left[each:]
+        return [part for part in out if part]
 
     def ask(self, size: int, centre: Centre, step: int, spread: float, more: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One round of scores, summed in the order of its tasks."""
@@ -274,9 +282,8 @@ class Rows:
         ]
         state = {f"centre/{b}": x for b, x in centre.loc.items()} | {f"spread/{b}": spread * x for b, x in centre.sd.items()}
         state |= {**self.starts, **more, "root/centre": centre.root, "root/spread": spread * centre.root_sd}
-        answers = self.trainer.engine.round("score", state, tasks)
         counts = {b.name: math.prod(self.trainer.study.layout.cardinality[p] for p in b.plates) for b in self.trainer.study.guide.blocks}
-        total = {key: whole(answers, key, counts.get(key.partition("/")[2], 0)) for key in answers[0] if not key.startswith("at/")}
+        total = summed(self.trainer.engine.stream("score", state, tasks), counts)
         for key in [k for k in total if k.startswith("start/")]:
             modes, seen = total.pop(key), total.pop(key.replace("start/", "seen/"))
             average = (modes.sum(0) / np.maximum(seen.sum(0), 1.0)) * np.ones_like(modes)  # where none looked yet

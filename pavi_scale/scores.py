@@ -269,12 +269,19 @@ def gather(
     return sums
 
 
-def whole(answers: Sequence[Mapping[str, np.ndarray]], key: str, count: int) -> np.ndarray:
-    """The sum of answers of `gather` in their order: an array, or a table of `count` rows from those returned."""
-    at = f"at/{key.partition('/')[2]}"
-    if not any(at in answer for answer in answers):
-        return np.asarray(sum(answer[key] for answer in answers))
-    total = np.zeros((count, *answers[0][key].shape[1:]))
+def summed(answers: Iterable[Mapping[str, np.ndarray]], counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The sum of answers of `gather`, each added as it comes: arrays, and tables of all of a block's rows from those returned.
+
+    Args:
+        answers: In the order in which they are added.
+        counts: Block -> rows.
+    """
+    total: dict[str, np.ndarray] = {}
     for answer in answers:
-        total[answer[at] if at in answer else slice(None)] += answer[key]
+        for key in (k for k in answer if not k.startswith("at/")):
+            block, value = key.partition("/")[2], answer[key]
+            at = answer.get(f"at/{block}", ...)
+            if key not in total:
+                total[key] = np.zeros(value.shape if at is ... else (counts[block], *value.shape[1:]))
+            total[key][at] += value
     return total

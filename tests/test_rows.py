@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributions import HalfNormal, Normal
 
 import pavi_scale as ps
@@ -17,7 +19,7 @@ from pavi_scale.diagnosing import status_of
 from pavi_scale.errors import InputError, NumericalError, RunError
 from pavi_scale.rows import ROWS, Rows, spread_out
 from pavi_scale.run import Run
-from pavi_scale.scores import whole
+from pavi_scale.scores import summed
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.sites import residual
 from pavi_scale.starts import start_points
@@ -273,6 +275,9 @@ class Several(LocalEngine):
         # Over the wire and back: nothing is shared by reference.
         return super().submit(kind, pickle.loads(pickle.dumps(state)), pickle.loads(pickle.dumps(tasks)))
 
+    def stream(self, kind, state, tasks):
+        return iter(self.submit(kind, state, tasks))
+
 
 def test_shared_starts_lead_to_the_same_bits(tmp_path, monkeypatch):
     store = str(tmp_path / "cohort.zarr")
@@ -363,8 +368,10 @@ def test_tables_come_back_as_the_rows_looked_at():
     for at, answer in zip(some, answers, strict=True):
         for row, value in zip(at, answer["score/a"], strict=True):
             expected[row] += value
-    np.testing.assert_array_equal(whole(answers, "score/a", 20), expected)
-    np.testing.assert_array_equal(whole(answers, "root", 0), answers[0]["root"] + answers[1]["root"] + answers[2]["root"])
+    found = summed(iter(answers), {"a": 20})
+    assert set(found) == {"score/a", "root"}
+    np.testing.assert_array_equal(found["score/a"], expected)
+    np.testing.assert_array_equal(found["root"], answers[0]["root"] + answers[1]["root"] + answers[2]["root"])
 
 
 def test_a_worker_answers_with_the_rows_it_has_looked_at(tmp_path):
@@ -374,10 +381,10 @@ def test_a_worker_answers_with_the_rows_it_has_looked_at(tmp_path):
     computation, asked = StudyComputation(made.graph, made.cohort, made.settings), []
 
     class Noting(LocalEngine):
-        def submit(self, kind, state, tasks):
-            begun = super().submit(kind, state, tasks)
-            asked.extend((task["pieces"], answer) for task, answer in zip(tasks, begun.result(), strict=True) if kind == "score")
-            return begun
+        def stream(self, kind, state, tasks):
+            for task, answer in zip(tasks, super().stream(kind, state, tasks), strict=True):
+                asked.append((task["pieces"], answer))
+                yield answer
 
     with Noting(made.spec) as engine:
         rows = Rows(Trainer(computation, engine, 5, math.inf, lambda *_: None))
@@ -391,3 +398,19 @@ def test_a_worker_answers_with_the_rows_it_has_looked_at(tmp_path):
         assert answer["start/vertex"].shape == (len(mine), 7)
         assert answer["seen/vertex"].shape == (len(mine), 1)
         assert "at/subject*session" not in answer  # each vertex tells of all of them
+
+
+@given(st.integers(1, 400))
+def test_tasks_are_shorter_towards_the_end_of_a_round(count):
+    parts = Rows.parts(None, list(range(count)))
+    assert [piece for part in parts for piece in part] == list(range(count))
+    lengths = [len(part) for part in parts]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(parts) <= 12 * (1 + math.ceil(math.log2(max(count / 12, 1))))
+    # Whoever is free takes the next one: the last worker ends a piece or two after the first, not a long task.
+    for speeds in ([1.0, 1.0], [1.0, 0.6, 0.9]):
+        free = [0.0] * len(speeds)
+        for length in lengths:
+            next_one = free.index(min(free))
+            free[next_one] += length / speeds[next_one]
+        assert max(free) <= count / sum(speeds) + 2 / min(speeds)

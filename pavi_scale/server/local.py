@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,8 +23,14 @@ class Begun:
 
     def result(self) -> list[dict[str, np.ndarray]]:
         """Its answers, in task order."""
+        return list(self)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Its answers, in task order; none is kept."""
+        self.futures.reverse()
         try:
-            return [f.result() for f in self.futures]
+            while self.futures:
+                yield self.futures.pop().result()
         except CancelledError as error:
             raise WorkerError("the engine was closed during a round", where="LocalEngine") from error
         finally:
@@ -41,6 +47,10 @@ class Done:
     def result(self) -> list[dict[str, np.ndarray]]:
         """Its answers, in task order."""
         return self.answers
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Its answers, in task order."""
+        return iter(self.answers)
 
 
 class LocalEngine:
@@ -96,16 +106,22 @@ class LocalEngine:
     def submit(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Asked:
         """Ask, and wait later; with one lane the answers are there at once. Arguments and errors as those of `round`."""
         if self._pool is None or self._computation is None:
-            return Done(self._here(kind, state, tasks))
+            return Done(list(self._here(kind, state, tasks)))
         arrays = align_all(state)
         return Begun([self._pool.submit(self._one, kind, arrays, task, index) for index, task in enumerate(tasks)])
 
-    def _here(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
+    def stream(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+        """The answers one by one, in task order; with one lane each is computed when it is asked for. Arguments and errors as those of `round`."""
+        return self._here(kind, state, tasks) if self._pool is None else iter(self.submit(kind, state, tasks))
+
+    def _here(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
         if self._computation is None:
             raise WorkerError("the engine is closed", where="LocalEngine.round", remedy="make a new one")
         arrays = align_all(state)
-        with torch_threads(self._threads):
-            return [self._one(kind, arrays, task, index) for index, task in enumerate(tasks)]
+        for index, task in enumerate(tasks):
+            with torch_threads(self._threads):
+                found = self._one(kind, arrays, task, index)
+            yield found
 
     def _one(self, kind: str, arrays: Mapping[str, np.ndarray], task: Mapping[str, Any], index: int) -> dict[str, np.ndarray]:
         if self._computation is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,10 @@ class Spec(Protocol):
 
 
 class Asked(Protocol):
-    """A round that was asked for."""
+    """A round that was asked for; its answers are handed over once."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Its answers, in task order: each once it and all before it are there."""
 
     def result(self) -> list[dict[str, np.ndarray]]:
         """Its answers, in task order; blocks until they are there."""
@@ -48,6 +51,9 @@ class Engine(Protocol):
 
     def submit(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Asked:
         """Ask, and wait later: rounds that are open at the same time share the workers, the oldest first. `state` must not change before its end."""
+
+    def stream(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+        """The answers to `tasks`, in their order, one by one: whoever adds up large ones holds a few of them."""
 
     def close(self) -> None:
         """Give everything back; can be called twice."""

@@ -32,7 +32,7 @@ def make_spec():
                 return {"product": product.numpy(), "total": np.asarray(product.sum().item()), "units": task["units"] * 2}
             if kind == "who":
                 time.sleep(task.get("sleep", 0.0))
-                return {"pid": np.asarray(os.getpid()), "threads": np.asarray(torch.get_num_threads())}
+                return {"pid": np.asarray(os.getpid()), "threads": np.asarray(torch.get_num_threads()), "slept": np.asarray(task.get("sleep", 0.0))}
             if kind == "die once":
                 marker = Path(task["marker"])
                 if not marker.exists():

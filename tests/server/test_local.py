@@ -1,6 +1,7 @@
 """The in-process engine, and what makes two engines agree bit for bit."""
 
 import sys
+import weakref
 from contextlib import ExitStack
 
 import numpy as np
@@ -24,6 +25,21 @@ def test_answers_come_in_task_order(make_spec, state, tasks):
         noise = np.random.default_rng(task["seed"]).standard_normal(state["w"].shape)
         np.testing.assert_allclose(result["product"], state["w"] @ noise.T, rtol=1e-12)
         np.testing.assert_array_equal(result["units"], 2 * task["units"])
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_stream_hands_answers_over_one_by_one(make_spec, state, tasks, lanes):
+    with LocalEngine(make_spec(), lanes) as engine:
+        expected, seen = engine.round("numeric", state, tasks), []
+        for answer, wanted in zip(engine.stream("numeric", state, tasks), expected, strict=True):
+            assert {k: a.tobytes() for k, a in answer.items()} == {k: a.tobytes() for k, a in wanted.items()}
+            seen.append(weakref.ref(answer["product"]))
+            del answer
+            assert sum(each() is not None for each in seen) <= 1  # nobody keeps what was handed over
+        with pytest.raises(WorkerError, match="deliberate"):
+            list(engine.stream("fail", state, [{}, {"bad": True}]))
+    with pytest.raises(WorkerError, match="closed"):
+        list(engine.stream("numeric", state, []))
 
 
 def test_errors(make_spec, state):

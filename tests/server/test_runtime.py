@@ -60,6 +60,19 @@ def test_equals_the_local_engine_bit_for_bit(engine, make_spec, state, tasks):
     assert engine.round("numeric", state, []) == []
 
 
+def test_answers_are_handed_over_in_task_order_once(engine, make_spec, state, tasks):
+    expected = LocalEngine(make_spec()).round("numeric", state, tasks)
+    asked = engine.submit("numeric", state, tasks)
+    assert same(asked, expected)
+    with pytest.raises(WorkerError, match="handed over already"):
+        asked.result()
+    assert [float(r["slept"]) for r in engine.stream("who", {}, [{"sleep": s} for s in (0.4, 0.0, 0.2, 0.0)])] == [0.4, 0.0, 0.2, 0.0]
+    failing = engine.submit("fail", state, [{}, {"bad": True}])
+    for _ in range(2):
+        with pytest.raises(WorkerError, match="deliberate"):
+            failing.result()
+
+
 def all_pids(engine, seconds=30):
     """Processes that take part, once there are two."""
     until = time.monotonic() + seconds

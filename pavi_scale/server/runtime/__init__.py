@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -13,11 +13,11 @@ import dask.config
 import numpy as np
 from distributed import Client
 
-from pavi_scale.errors import ClusterLost, InputError
+from pavi_scale.errors import ClusterLost, InputError, PaviError, WorkerError
 from pavi_scale.server.answer import align_all
 from pavi_scale.server.meter import Meter
 from pavi_scale.server.protocol import Spec
-from pavi_scale.server.runtime.hub import Answers, Hub
+from pavi_scale.server.runtime.hub import Hub, Inbox
 from pavi_scale.server.runtime.wire import pack, pack_object
 
 __all__ = ["Client", "DaskEngine"]
@@ -29,11 +29,21 @@ class Pending:
 
     engine: DaskEngine
     kind: str
-    answers: concurrent.futures.Future[Answers]
+    count: int
+    inbox: Inbox
 
-    def result(self) -> Answers:
+    def result(self) -> list[dict[str, np.ndarray]]:
         """Its answers, in task order; blocks."""
-        return self.engine.wait(self.kind, self.answers)
+        return list(self)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Its answers, in task order; blocks until the next one is there, and keeps only those that are ahead of it."""
+        early: dict[int, dict[str, np.ndarray]] = {}
+        for index in range(self.count):
+            while index not in early:
+                early.update([self.engine.wait(self.kind, self.inbox)])
+            yield early.pop(index)
+        self.inbox.put(WorkerError("the answers were handed over already", where=f"round {self.kind!r}", remedy="keep them"))
 
 
 class DaskEngine:
@@ -116,19 +126,28 @@ class DaskEngine:
         """Ask, and wait later; arguments and errors as those of `round`."""
         if not self._alive() or self._client.status in ("closing", "closed"):
             raise ClusterLost("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used")
-        answers: concurrent.futures.Future[Answers] = concurrent.futures.Future()
-        self._client.loop.add_callback(self._hub.begin, kind, pack(align_all(state)), [pack_object(dict(task)) for task in tasks], answers)
-        return Pending(self, kind, answers)
+        inbox: Inbox = SimpleQueue()
+        self._client.loop.add_callback(self._hub.begin, kind, pack(align_all(state)), [pack_object(dict(task)) for task in tasks], inbox)
+        return Pending(self, kind, len(tasks), inbox)
 
-    def wait(self, kind: str, answers: concurrent.futures.Future[Answers]) -> Answers:
-        """The answers of a round of that kind; an interrupt ends the engine."""
+    def stream(self, kind: str, state: Mapping[str, np.ndarray], tasks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+        """The answers one by one, in task order; arguments and errors as those of `round`."""
+        return iter(self.submit(kind, state, tasks))
+
+    def wait(self, kind: str, inbox: Inbox) -> tuple[int, dict[str, np.ndarray]]:
+        """The next answer that comes in a round of that kind, with its task's number; an interrupt ends the engine."""
         try:
             while True:
                 try:
-                    return answers.result(timeout=5.0)
-                except TimeoutError:
+                    found = inbox.get(timeout=5.0)
+                except Empty:
                     if not self._alive():
                         raise ClusterLost("the client was closed", where=f"round {kind!r}", remedy="keep the client open while the engine is used") from None
+                    continue
+                if isinstance(found, PaviError):
+                    inbox.put(found)  # whoever asks again is told again
+                    raise found
+                return found
         except KeyboardInterrupt:
             self.close()
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import math
 import secrets
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import cloudpickle
@@ -28,6 +28,7 @@ from pavi_scale.server.protocol import (
     ExpireWorker,
     FailRound,
     Heartbeat,
+    Ignore,
     Instruction,
     Ready,
     RoundCancelled,
@@ -47,7 +48,7 @@ from pavi_scale.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 cloudpickle.register_pickle_by_value(page)
-Answers = list[dict[str, np.ndarray]]
+Inbox = SimpleQueue[tuple[int, dict[str, np.ndarray]] | PaviError]  # of a round: its answers with their tasks' numbers as they come, or what it failed of
 HURRY = 0.25  # seconds between looks for new workers while there is none, and for a while after one was lost
 HURRIED = 60.0  # seconds of that while
 STARTING = 6.0  # seconds that closing waits for loops that just start: a fresh worker imports the package first
@@ -60,7 +61,7 @@ class Order:
     kind: str
     state: Message
     tasks: Sequence[Message]
-    answers: concurrent.futures.Future[Answers]
+    inbox: Inbox
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,20 @@ class Hub:
             asyncio.create_task(self._repeat(self._enlist, self._pace)),
         ]
 
-    def begin(self, kind: str, state: Message, tasks: Sequence[Message], answers: concurrent.futures.Future[Answers]) -> None:
+    def begin(self, kind: str, state: Message, tasks: Sequence[Message], inbox: Inbox) -> None:
         """Start a round.
 
         Args:
             kind: What is asked.
             state: The packed state.
             tasks: The packed tasks.
-            answers: Where the answers, or the error, go.
+            inbox: Where the answers, or the error, go.
         """
         if self._closing:
-            answers.set_exception(WorkerError("the engine is closed", where="DaskEngine.round", remedy="make a new one"))
+            inbox.put(WorkerError("the engine is closed", where="DaskEngine.round", remedy="make a new one"))
             return
         number = self.machine.rounds + 1
-        self._orders[number] = Order(kind, state, tasks, answers)
+        self._orders[number] = Order(kind, state, tasks, inbox)
         self._handle(RoundStarted(kind, number, len(tasks)))
 
     async def publish(self, figures: dict[str, Any]) -> None:
@@ -156,8 +157,7 @@ class Hub:
     def cancel(self) -> None:
         """Give the open rounds up."""
         for order in self._orders.values():
-            if not order.answers.done():
-                order.answers.set_exception(WorkerError("the round was given up", where=f"round {order.kind!r}", remedy="make a new engine"))
+            order.inbox.put(WorkerError("the round was given up", where=f"round {order.kind!r}", remedy="make a new engine"))
         self._orders.clear()
         self._handle(RoundCancelled())
 
@@ -251,23 +251,29 @@ class Hub:
             where = f"task {push['index']} of round {push['round']}, on {worker}"
             self._handle(TaskFailed(*place, error=rebuild(push["error"], where)))
         else:
-            self._handle(TaskDone(*place, result=unpack(push["result"])))
+            order, found = self._orders.get(push["round"]), unpack(push["result"])
+            # The machine decides whether an answer counts; the answer itself goes to whoever waits for it, and is kept nowhere else.
+            if self._handle(TaskDone(*place, result=None)) and order is not None:
+                order.inbox.put((push["index"], found))
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event) -> bool:
+        """Whether the event had an effect."""
         now = time.monotonic()
         out = self.machine.handle(event, now)
         self.meter.observe(event, out, now)
         for instruction in out:
             self._execute(instruction)
+        return not any(isinstance(instruction, Ignore) for instruction in out)
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
             case Assign():
                 self._assign(instruction)
-            case CompleteRound(round=number, results=results):
-                self._end(number, list(results))
+            case CompleteRound(round=number):
+                self._orders.pop(number, None)
             case FailRound(round=number, error=error):
-                self._end(number, error)
+                if number in self._orders:
+                    self._orders.pop(number).inbox.put(error)
             case ExpireWorker(worker=worker):
                 if worker in self._lifelines:
                     self._lifelines.pop(worker).abort()
@@ -282,15 +288,6 @@ class Hub:
         if parked.holds != lease.round:  # each round has a state of its own
             message |= {"version": lease.round, "state": order.state}
         self._reply(lease.worker, message | {"task": order.tasks[lease.index]})
-
-    def _end(self, number: int, outcome: Answers | PaviError) -> None:
-        order = self._orders.pop(number, None)
-        if order is None or order.answers.done():
-            return
-        if isinstance(outcome, PaviError):
-            order.answers.set_exception(outcome)
-        else:
-            order.answers.set_result(outcome)
 
     def _reply(self, worker: str, message: Message) -> None:
         parked = self._parked.pop(worker, None)
