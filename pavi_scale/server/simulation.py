@@ -37,6 +37,7 @@ class Costs:
         byte_seconds: Of the driver's event loop, for one byte in or out.
         reduce_seconds: Of the driver between rounds, for each task.
         spread: Standard deviation of the logarithm of a task's time.
+        lengths: Of each task, in averages; none where all are alike.
     """
 
     tasks: int
@@ -47,6 +48,7 @@ class Costs:
     byte_seconds: float = 1e-9
     reduce_seconds: float = 1e-5
     spread: float = 0.1
+    lengths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,8 @@ class Simulation:
         packed = self._serve("event loop", 0.5 * self.costs.exchange_seconds + size * self.costs.byte_seconds, 0.0)
         sent = self._serve("link out", self._wire(size), packed)
         spread = self.costs.spread
-        seconds = self.costs.task_seconds * worker.slowness * math.exp(spread * self._rng.standard_normal() - spread**2 / 2)
+        length = self.costs.lengths[lease.index] if self.costs.lengths else 1.0
+        seconds = length * self.costs.task_seconds * worker.slowness * math.exp(spread * self._rng.standard_normal() - spread**2 / 2)
         self._spent[worker.number, worker.life, lease.token] = seconds
         self._at(sent + LATENCY + seconds, lambda: self._push(worker, worker.name, lease))
 

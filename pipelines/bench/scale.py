@@ -18,8 +18,12 @@ from pipelines.bench.meter import Found, Job
 WORKERS = (1, 4, 16, 64, 256, 1024)
 LINKS = (1.0, 10.0, 100.0)
 STUDY_SECONDS = 150.0  # one pass over the cortical study's 416 million latents on one core: 36 s of arithmetic, gradients, decoding of 15 GB
-TASKS = 4096
+TASKS = 4096  # of a study without free rows, whose tasks are as many as its shards
 STATE_BYTES, ANSWER_BYTES = 2e5, 2e4  # root points and weights; bounds and gradients
+# The cortical study itself, with free rows for its 2,000 sessions: pieces of 256 vertices in tasks that get shorter, locations and widths of 448,000
+# coordinates and starting points of 59,412 vertices to each worker, scores and curvatures back, half a second of solving in between.
+PIECES = (10,) * 12 + (5,) * 12 + (3,) * 12 + (1,) * 17
+ROWS_STATE_BYTES, ROWS_ANSWER_BYTES, SOLVE_SECONDS = 1.05e7, 7.7e6, 0.5
 ROUNDS = 4
 STEP_SECONDS, STEPS, STALENESS, STEP_WORKERS = 0.05, 400, (0, 3, 15, 63), (1, 4, 16, 64)  # minibatch steps of one task each
 SPELL_SECONDS = 90.0  # simulated, under preemption
@@ -74,6 +78,12 @@ def scenarios(costs: Costs) -> dict[str, dict[int, Outcome]]:
     found["a preemption each minute"] = {n: simulate(costs, Fleet(n, preemptions=1.0), rounds[n]) for n in WORKERS}
     larger = replace(costs, task_seconds=10 * costs.task_seconds)
     found["tasks ten times as long"] = {n: simulate(larger, Fleet(n), ROUNDS if n > 4 else 1) for n in WORKERS}
+    count, bytes_added = len(PIECES), 2 * ROWS_ANSWER_BYTES
+    rows = replace(
+        costs, tasks=count, task_seconds=STUDY_SECONDS / count, lengths=tuple(p * count / sum(PIECES) for p in PIECES), state_bytes=ROWS_STATE_BYTES,
+        answer_bytes=ROWS_ANSWER_BYTES, reduce_seconds=SOLVE_SECONDS / count + bytes_added * costs.byte_seconds,
+    )  # fmt: skip
+    found |= {f"free rows, {g:g} Gbit/s": {n: simulate(rows, Fleet(n, gigabits=g), ROUNDS if n > 4 else 1) for n in WORKERS} for g in LINKS[:2]}
     return found
 
 

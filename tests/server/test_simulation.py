@@ -14,6 +14,13 @@ def test_nothing_scarce_is_arithmetic(workers):
     assert found.efficiency == pytest.approx(1.0, abs=0.01)
 
 
+def test_tasks_of_different_length():
+    # Nobody can help with the longest task; one worker does all of them.
+    costs = Costs(4, 1.0, 0, 0, 0, 0, 0, 0.0, lengths=(2.5, 0.5, 0.5, 0.5))
+    assert simulate(costs, Fleet(1, 1e6), rounds=3).round_seconds == pytest.approx(4.0, rel=0.01)
+    assert simulate(costs, Fleet(4, 1e6), rounds=3).round_seconds == pytest.approx(2.5, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("costs", "fleet", "name", "seconds"),
     [
