@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pavi_scale.batching import shards
+from pavi_scale.batching import most_units, shards
 from pavi_scale.diagnosing import LOST
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
@@ -60,8 +60,7 @@ PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged 
 REFIT_POINTS = 4096
 REFIT_VALUES = 100_000_000  # points x coordinates that a refit may take: the driver computes them alone
 STANDARD = 100  # effective points of a pool from which noise is standardised: of very few, it would be blown up
-BARE = 30  # rounds from the prior's middle while rows stay at their prior means, at most
-BARE_ROUND = 500
+BARE, BARE_ROUND, BARE_UNITS = 30, 500, 4_000  # rounds before rows move, at most; their first number; ground units that they look at
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
@@ -189,29 +188,30 @@ class Rows:
             follow: Who follows the starts, if not this process.
         """
         study = self.trainer.study
-        starts = start_points(study, self.draws, self.trainer.seed) if study.space.dim else np.zeros((1, 0))
-        starts = starts[:CENTRED_STARTS] if len(starts) else np.concatenate([self.bare(np.median(self.draws, 0))[None], self.draws[: PRIOR_STARTS - 1]])
+        centred = start_points(study, self.draws, self.trainer.seed)[:CENTRED_STARTS] if study.space.dim else np.zeros((1, 0))
+        starts = centred if len(centred) else self.bare()
         found = (follow(starts) if follow is not None else []) or self.follow_each(starts)
         best = max(found, key=lambda f: f.value)
         self.starts = best.starts
-        sites, root, _ = self.follow(best.sites, self.upper.solve(best.sites, best.root), SEARCH, 1000 * (1 + len(found)))
-        return sites, root
+        return self.follow(best.sites, self.upper.solve(best.sites, best.root), SEARCH, 1000 * (1 + len(found)))[:2]
 
-    def bare(self, root: np.ndarray) -> np.ndarray:
-        """Where a root point leads while the rows stay at their prior means: rows that may move take up whatever a start has wrong, and keep it."""
+    def bare(self) -> np.ndarray:
+        """Where the prior's middle leads while rows, which would take up whatever it has wrong, stay at theirs; prior draws beside, if not to rest. `[K, R]`."""
+        root, model, layout = np.median(self.draws, 0), self.trainer.study.graph.model, self.trainer.study.layout
+        few = min(self.sizes[0], math.ceil(BARE_UNITS * self.count / most_units(model, layout, self.split)) if self.split else 1)
         sites = self.upper.initial(root, self.rows_at(root, 0))
         for i in range(BARE):
             centre = replace(self.upper.centre(sites, root), root=root, loc=self.rows_at(root, 0))
             try:
-                scores = self.round(self.sizes[0], centre, BARE_ROUND + i, NARROW)
+                scores = self.round(few, centre, BARE_ROUND + i, NARROW)
             except NumericalError:  # the prior's middle may lie where nothing is finite
                 break
             self.tell("start", centre, sites, scores)
             left, sites = residual(sites, centre, scores), refreshed(sites, centre, scores, self.upper.scale, 1.0)
             root = self.upper.solve(sites, root, HASTY).root
             if left.root < NEAR:
-                break
-        return root
+                return root[None]
+        return np.concatenate([root[None], self.draws[: PRIOR_STARTS - 1]])
 
     def follow_each(self, starts: np.ndarray, first: int = 0) -> list[Found]:
         """What some rounds lead to from each root point, `[K, R]`, of which the first is the search's start number `first`.
