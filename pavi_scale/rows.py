@@ -196,7 +196,7 @@ class Rows:
         return self.follow(best.sites, self.upper.solve(best.sites, best.root), SEARCH, 1000 * (1 + len(found)))[:2]
 
     def bare(self) -> np.ndarray:
-        """Where the prior's middle leads while rows, which would take up whatever it has wrong, stay at theirs; prior draws beside, if not to rest. `[K, R]`."""
+        """Where the prior's middle leads while rows, which would take up what it has wrong, stay at theirs; prior draws beside, if not to rest. `[K, R]`."""
         root, model, layout = np.median(self.draws, 0), self.trainer.study.graph.model, self.trainer.study.layout
         few = min(self.sizes[0], math.ceil(BARE_UNITS * self.count / most_units(model, layout, self.split)) if self.split else 1)
         sites = self.upper.initial(root, self.rows_at(root, 0))
