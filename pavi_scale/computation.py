@@ -22,7 +22,7 @@ from pavi_scale.device import PROCESSOR, doubles, on
 from pavi_scale.elbo import Weights, correctors, local_elbo
 from pavi_scale.errors import CohortError, NumericalError
 from pavi_scale.guide.blocks import Block, Component, dense_units, inputs_of
-from pavi_scale.guide.correction import Corrections, observations
+from pavi_scale.guide.correction import Corrections
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.exploring import explore
 from pavi_scale.guide.gaussian import Tree
@@ -133,7 +133,7 @@ class StudyComputation:
             return None
         mine: Corrections | None = getattr(self._used, "corrections", None)  # each thread loads its own
         if mine is None:
-            mine = self._used.corrections = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.device, self.dtype)
+            mine = self._used.corrections = Corrections(self.guide.components, self.settings.schemes, self.settings.seen, reduced).to(self.device, self.dtype)
         mine.load_state_dict({k: torch.tensor(v, dtype=self.dtype) for k, v in stored.items()})
         return mine
 
@@ -141,7 +141,7 @@ class StudyComputation:
         """Untrained corrections (the identity) as state, their inputs standardised on a reduced model; empty if no block can have one."""
         with precision(self.dtype), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % 2**63)
-            made = Corrections(self.guide.components, self.settings.schemes, reduced).to(self.dtype)
+            made = Corrections(self.guide.components, self.settings.schemes, self.settings.seen, reduced).to(self.dtype)
             root = self.space.values(torch.tensor(points, dtype=self.dtype))
             for component in self.guide.components:
                 mine = [b for b in component.blocks if b.name in made.names()]
@@ -155,7 +155,7 @@ class StudyComputation:
                     part = made.part(block.name)
                     part.standardise(context(core, gaussian, block.name))
                     if part.encoder is not None:
-                        part.encoder.standardise(observations(reduced, block)[0])
+                        part.encoder.standardise(part.observations(reduced)[0])
         out = {f"correction/{k}": doubles(v).copy() for k, v in made.state_dict().items()}
         for name in made.names():
             if self.settings.schemes[name] in ("hybrid", "free"):

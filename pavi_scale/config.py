@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pavi_scale.errors import PaviError, StudyError
+from pavi_scale.importing import Left, leaving_early
 from pavi_scale.model.template import Model
 from pavi_scale.server.clusters import KINDS, Cluster, Strict
 
@@ -268,7 +269,13 @@ def load_model(path: str) -> Model:
 def _import(name: str, where: str) -> Any:
     load: Callable[[str], Any] = importlib.import_module
     try:
-        return load(name)
+        with leaving_early():
+            return load(name)
+    except Left as left:
+        # Half a module is of no use here: workers and later openings import the model from it, and would come to that fit again.
+        remedy = 'put all but the model under `if __name__ == "__main__":`'
+        raise StudyError("the model's module does more than make it", where=where, expected=f"a module {name!r} that makes the model",
+                         got="a fit, resumption or opening while it is imported", remedy=remedy) from left
     except PaviError:
         raise
     except (Exception, SystemExit) as error:  # the user's module runs here, and may raise anything

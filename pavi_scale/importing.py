@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from pavi_scale.errors import RunError
-from pavi_scale.model.template import Model
+from pavi_scale.model.template import ANEW, Model
 
 SCRIPT = "__main__"
 GUARD = 'put all but the model under `if __name__ == "__main__":`, or pass model='
@@ -62,7 +62,7 @@ def import_model(stored: Mapping[str, Any], run: Path) -> Model | None:
         return found
     if not usable:
         return None
-    spec = importlib.util.spec_from_file_location(f"_pavi_{name.replace('.', '_')}", file)
+    spec = importlib.util.spec_from_file_location(f"{ANEW}{name}", file)
     if spec is None or spec.loader is None:
         return None
     module = importlib.util.module_from_spec(spec)
@@ -80,19 +80,27 @@ def _model(module: ModuleType, attribute: str) -> Model | None:
 
 
 @contextlib.contextmanager
+def leaving_early() -> Iterator[None]:
+    """What is imported within is left, with `Left`, at the first fit, resumption or opening that it comes to."""
+    token = _importing.set(True)
+    try:
+        yield
+    finally:
+        _importing.reset(token)
+
+
+@contextlib.contextmanager
 def _left_early(where: str) -> Iterator[list[bool]]:
     """Import within: yields a list that holds something once the import has been left at a fit; what else is raised becomes a `RunError`."""
     early: list[bool] = []
-    token = _importing.set(True)
     try:
-        yield early
+        with leaving_early():
+            yield early
     except Left:
         early.append(True)
     except (Exception, SystemExit) as error:
         got = f"{type(error).__name__}: {error}"
         raise RunError("the run's model cannot be imported", where=where, expected="a module or script that makes it", got=got, remedy=GUARD) from error
-    finally:
-        _importing.reset(token)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     free: list[list[str]]
     schemes: dict[str, str]
+    seen: dict[str, str] = Field(default_factory=dict)
     structure: dict[str, dict[str, Any]]
     split: str | None
     dtype: Literal["float32", "float64"]
@@ -113,16 +114,17 @@ def read_record(run: Run) -> dict[str, Any]:
 def settings_record(settings: Settings) -> dict[str, Any]:
     """Settings as JSON."""
     return {
-        "free": [list(f) for f in settings.free], "schemes": dict(settings.schemes), "structure": {k: dict(v) for k, v in settings.structure.items()},
-        "split": settings.split, "dtype": settings.dtype, "chunk": settings.chunk, "cache_bytes": settings.cache_bytes,
+        "free": [list(f) for f in settings.free], "schemes": dict(settings.schemes), "seen": dict(settings.seen),
+        "structure": {k: dict(v) for k, v in settings.structure.items()}, "split": settings.split,
+        "dtype": settings.dtype, "chunk": settings.chunk, "cache_bytes": settings.cache_bytes,
     }
 
 
 def settings_from(stored: Mapping[str, Any]) -> Settings:
     """The inverse of `settings_record`."""
     return Settings(
-        free=tuple(tuple(f) for f in stored["free"]), schemes=stored["schemes"], structure=stored["structure"], split=stored["split"],
-        dtype=stored["dtype"], cache_bytes=stored["cache_bytes"], chunk=stored["chunk"],
+        free=tuple(tuple(f) for f in stored["free"]), schemes=stored["schemes"], seen=stored.get("seen", {}), structure=stored["structure"],
+        split=stored["split"], dtype=stored["dtype"], cache_bytes=stored["cache_bytes"], chunk=stored["chunk"],
     )
 
 

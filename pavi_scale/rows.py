@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pavi_scale.batching import shards
+from pavi_scale.batching import most_units, shards
 from pavi_scale.diagnosing import LOST
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
@@ -30,7 +30,7 @@ from pavi_scale.rng import stream
 from pavi_scale.sampling import shard_length
 from pavi_scale.scores import ROOT, Scores, summed
 from pavi_scale.server.answer import torch_threads
-from pavi_scale.sites import Centre, Residual, Sites, refreshed, residual, updated
+from pavi_scale.sites import LONGEST, Centre, Sites, refreshed, residual, updated
 from pavi_scale.starts import start_points
 from pavi_scale.training import POOL, Fitted, Trainer
 from pavi_scale.upper import EVALUATIONS, REFITTED, Upper
@@ -54,12 +54,13 @@ LOOKED = 16  # share of the cohort that they look at first, at most
 LOST_ROUND = 1_000_000
 ROWS = 16  # rows of chunks that are open at the same time
 CELLS = 256  # runs of neighbouring units that selections are made of
-PRIOR_STARTS = 4
+PRIOR_STARTS = 3
 CENTRED_STARTS = 3  # where the data show centres, the best of them are few
 PAIRS = 16  # draws of the root, with both signs, that its Gaussian is averaged over
 REFIT_POINTS = 4096
 REFIT_VALUES = 100_000_000  # points x coordinates that a refit may take: the driver computes them alone
 STANDARD = 100  # effective points of a pool from which noise is standardised: of very few, it would be blown up
+BARE, BARE_ROUND, BARE_UNITS = 30, 500, 4_000  # rounds before rows move, at most; their first number; ground units that they look at
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
@@ -155,7 +156,7 @@ class Rows:
             scores = self.round(self.sizes[min(step, last)], centre, step, spread)
             left = residual(sites, centre, scores)
             sites, root = updated(sites, centre, scores, self.upper.scale), centre.root
-            self.tell("sites" if step < last else "pass", centre, sites, scores, left)
+            self.tell("sites" if step < last else "pass", centre, sites, scores)
             if 0 < step <= last and len(self.upper.told):
                 sites, root = self.refresh(sites, root, step)
             step += 1
@@ -187,13 +188,30 @@ class Rows:
             follow: Who follows the starts, if not this process.
         """
         study = self.trainer.study
-        starts = start_points(study, self.draws, self.trainer.seed) if study.space.dim else np.zeros((1, 0))
-        starts = starts[:CENTRED_STARTS] if len(starts) else self.draws[:PRIOR_STARTS]
+        centred = start_points(study, self.draws, self.trainer.seed)[:CENTRED_STARTS] if study.space.dim else np.zeros((1, 0))
+        starts = centred if len(centred) else self.bare()
         found = (follow(starts) if follow is not None else []) or self.follow_each(starts)
         best = max(found, key=lambda f: f.value)
         self.starts = best.starts
-        sites, root, _ = self.follow(best.sites, self.upper.solve(best.sites, best.root), SEARCH, 1000 * (1 + len(found)))
-        return sites, root
+        return self.follow(best.sites, self.upper.solve(best.sites, best.root), SEARCH, 1000 * (1 + len(found)))[:2]
+
+    def bare(self) -> np.ndarray:
+        """Where the prior's middle leads while rows, which would take up what it has wrong, stay at theirs; prior draws beside, if not to rest. `[K, R]`."""
+        root, model, layout = np.median(self.draws, 0), self.trainer.study.graph.model, self.trainer.study.layout
+        few = min(self.sizes[0], math.ceil(BARE_UNITS * self.count / most_units(model, layout, self.split)) if self.split else 1)
+        sites = self.upper.initial(root, self.rows_at(root, 0))
+        for i in range(BARE):
+            centre = replace(self.upper.centre(sites, root), root=root, loc=self.rows_at(root, 0))
+            try:
+                scores = self.round(few, centre, BARE_ROUND + i, NARROW)
+            except NumericalError:  # the prior's middle may lie where nothing is finite
+                break
+            self.tell("start", centre, sites, scores)
+            left, sites = residual(sites, centre, scores), refreshed(sites, centre, scores, self.upper.scale, 1.0)
+            root = self.upper.solve(sites, root, HASTY).root
+            if left.root < NEAR:
+                return root[None]
+        return np.concatenate([root[None], self.draws[: PRIOR_STARTS - 1]])
 
     def follow_each(self, starts: np.ndarray, first: int = 0) -> list[Found]:
         """What some rounds lead to from each root point, `[K, R]`, of which the first is the search's start number `first`.
@@ -227,12 +245,13 @@ class Rows:
 
     def follow(self, sites: Sites, centre: Centre, rounds: int, step: int, spread: float = 1.0) -> tuple[Sites, np.ndarray, float]:
         """Rounds over the smallest selection until they change little: sites, root and bound."""
-        value = -math.inf
+        value, longest = -math.inf, LONGEST
         for i in range(rounds):
             scores = self.round(self.sizes[0], centre, step + i, spread if i == 0 else 1.0)
             left = residual(sites, centre, scores)
-            value = float(np.nan_to_num(self.tell("start", centre, sites, scores, left), nan=-math.inf))
-            sites = updated(sites, centre, scores, self.upper.scale)
+            before, value = value, float(np.nan_to_num(self.tell("start", centre, sites, scores), nan=-math.inf))
+            longest = 2 * longest if value > before > -math.inf else LONGEST  # many data leave sds that are small against the way
+            sites = updated(sites, centre, scores, self.upper.scale, longest)
             centre = self.upper.solve(sites, centre.root, HASTY if rounds == LOOK else EVALUATIONS)
             if max(left.typical, left.root) < NEAR:
                 break
@@ -322,7 +341,7 @@ class Rows:
             towards = {n: w / size_of for n, w in away.items()}
         return share
 
-    def tell(self, stage: str, centre: Centre, sites: Sites, scores: Scores, left: Residual) -> float:
+    def tell(self, stage: str, centre: Centre, sites: Sites, scores: Scores) -> float:
         """Report the bound: the data's at the centre, and the laws' above it less what the sites took for the data."""
         stood = sum(-0.5 * (k * ((sites.loc[b] - centre.loc[b]) ** 2 + centre.sd[b] ** 2)).sum() for b, k in sites.precision.items())
         away = centre.root - sites.root

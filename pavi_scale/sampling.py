@@ -217,18 +217,18 @@ class GuideSampler:
         key = rng.stream(self.base, "elbo", seed)
         loc, raw = self.state["root/loc"], self.state["root/raw"]
         chol = np.tril(raw, -1) + np.diag(np.exp(np.diagonal(raw)))
-        eps = rng.normal(key, np.arange(particles)[:, None], np.arange(len(loc))[None, :])
-        # Antithetic pairs, so that what is linear in the root cancels; a standard error takes two of them.
+        # Antithetic pairs, so that what is linear in the root cancels; a standard error takes two of them, and whole ones.
         paired = particles >= 4 and len(loc) > 0
         half = (particles + 1) // 2
-        eps = np.concatenate([eps[:half], -eps[:half]])[:particles] if paired else eps
+        eps = rng.normal(key, np.arange(half if paired else particles)[:, None], np.arange(len(loc))[None, :])
+        eps = np.concatenate([eps, -eps]) if paired else eps
         z = torch.tensor(loc + eps @ chol.T)
         with precision(study.dtype), torch.no_grad():
             total = (study.space.log_prior(z.to(study.dtype)).double() - log_root(torch.tensor(loc), torch.tensor(chol), z)).numpy()
         state = {**self.state, "points": z.numpy()}
         for shard in shards(study.layout, study.settings.split, self.per_shard()):
             total = total + study.compute("elbo", state, {"shard": (shard.plate, shard.start, shard.stop, shard.first), "seed": seed})["bound"]
-        pairs = 0.5 * (total[:half][: particles // 2] + total[half:]) if paired else total
+        pairs = 0.5 * (total[:half] + total[half:]) if paired else total
         return float(total.mean()), float(pairs.std(ddof=1) / np.sqrt(len(pairs)))
 
     def per_shard(self) -> int:

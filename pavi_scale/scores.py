@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pavi_scale.device import PROCESSOR, doubles, to_default
+from pavi_scale.device import doubles
 from pavi_scale.guide.blocks import Block, Component, labelled
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide, weights
 from pavi_scale.guide.labels import LabelledCore
-from pavi_scale.guide.local import draw, fit_core
-from pavi_scale.guide.mode import Noise
+from pavi_scale.guide.local import fit_core
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.reduced import Reduced, Value
@@ -66,13 +65,13 @@ def row_values(reduced: Reduced, block: Block, rows: Tensor) -> dict[str, Value]
 
 
 def lower_bound(
-    guide: Guide, reduced: Reduced, values: Mapping[str, Value], particles: int, split: str | None, first: bool, noise: Noise
+    guide: Guide, reduced: Reduced, values: Mapping[str, Value], particles: int, split: str | None, first: bool
 ) -> tuple[Tensor, Tensor]:
     """L at K points, and a sum whose gradient in the values given (those of root and free blocks) is that of L; `[K]` each.
 
     Labelled components use Fisher's identity over their labels: the gradient is that of the evidence of each label, averaged over the labels'
-    posterior. Others that are not Gaussian use it over a draw: the gradient of log p(x | z) is the mean of that of log p(x, y | z) over y given x and z,
-    here over a draw of the core, which is not differentiated through.
+    posterior. Others are differentiated through their core. (Over a draw of it, Fisher's identity has the noise of all that the units would tell if they were
+    known, which may be a thousand times what the data tell of a level that they share.)
     """
     total = torch.zeros(particles, dtype=reduced.dtype)
     surrogate = torch.zeros(particles, dtype=reduced.dtype)
@@ -90,19 +89,9 @@ def lower_bound(
             total = total + labels.log_marginal(reduced.weights(component.blocks[0].plates).flatten()).to(reduced.dtype)
             surrogate = surrogate + labels.expected(values) if moving else surrogate
             continue
-        core = fit_core(LocalModel(component, reduced, values if component.quadratic else still, {}, particles), differentiable=component.quadratic)
+        core = fit_core(LocalModel(component, reduced, values, {}, particles), differentiable=True)
         term = core.log_marginal(weights(core))
-        total = total + term.detach()
-        if component.quadratic:
-            surrogate = surrogate + term
-            continue
-        with torch.no_grad():
-            sample = draw(core, noise).values
-        own = {n for b in component.blocks for n in b.latents}
-        given = {**values, **{n: v for n, v in sample.items() if n in own}}
-        for factor in component.factors:
-            if any(p in values and values[p].theta.requires_grad for p in guide.graph.model.variables[factor.variable].parents):
-                surrogate = surrogate + reduced.log_prob(factor.variable, given).flatten(1).sum(1)
+        total, surrogate = total + term.detach(), surrogate + term
     return total, surrogate
 
 
@@ -160,17 +149,13 @@ def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Blo
     """Score and curvature of L over one selection."""
     rng = np.random.default_rng(seed % 2**63)
 
-    def noise(block: Block, shape: tuple[int, ...]) -> Tensor:  # the same at both points of a pair: what they share cancels in the difference
-        own = torch.Generator().manual_seed(stream(seed, block.name) % 2**63)
-        return to_default(torch.randn(shape[1:], generator=own, dtype=reduced.dtype, device=PROCESSOR)).expand(shape)
-
     told = np.flatnonzero(at.root_spread)
     signs = {b.name: rng.choice([-1.0, 1.0], at.centre[b.name].shape) for b in blocks}
     root_sign = rng.choice([-1.0, 1.0], len(at.root)) * (not at.apart)
     if at.towards is not None:
         signs, root_sign = {b.name: at.towards[b.name] for b in blocks}, at.towards[ROOT]
     value, (root_plus, root_minus), rows = _pair(
-        guide, space, reduced, blocks, at, split, first, root_sign * at.root_spread, {b.name: signs[b.name] * at.spread[b.name] for b in blocks}, noise,
+        guide, space, reduced, blocks, at, split, first, root_sign * at.root_spread, {b.name: signs[b.name] * at.spread[b.name] for b in blocks},
     )
     if at.towards is not None:
         along = {b.name: -0.5 * (rows[b.name][0] - rows[b.name][1]) for b in blocks}
@@ -181,7 +166,7 @@ def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Blo
         for i in told:
             move = np.zeros(len(at.root))
             move[i] = at.root_spread[i]
-            _, (plus, minus), _ = _pair(guide, space, reduced, blocks, at, split, first, move, still, noise)
+            _, (plus, minus), _ = _pair(guide, space, reduced, blocks, at, split, first, move, still)
             curvature[:, i] = -(plus - minus) / (2 * at.root_spread[i])
         curvature = 0.5 * (curvature + curvature.T)
     else:
@@ -194,7 +179,7 @@ def probe(guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Blo
 
 def _pair(
     guide: Guide, space: RootSpace, reduced: Reduced, blocks: Sequence[Block], at: Probe, split: str | None, first: bool,
-    root_move: np.ndarray, move: Mapping[str, np.ndarray], noise: Noise,
+    root_move: np.ndarray, move: Mapping[str, np.ndarray],
 ) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
     """Mean of L at centre + move and centre - move, and the gradients at both: of the root `[2, R]`, of each block `[2, n, d]`."""
     z = torch.tensor(np.stack([at.root + root_move, at.root - root_move]), dtype=reduced.dtype, requires_grad=True)
@@ -205,7 +190,7 @@ def _pair(
     values: dict[str, Value] = dict(space.values(z))
     for b in blocks:
         values.update(row_values(reduced, b, rows[b.name]))
-    bound, surrogate = lower_bound(guide, reduced, values, 2, split, first, noise)
+    bound, surrogate = lower_bound(guide, reduced, values, 2, split, first)
     grads: tuple[Tensor, ...] = tuple(torch.zeros_like(t) for t in (z, *rows.values()))
     if surrogate.requires_grad:
         grads = torch.autograd.grad(surrogate.sum(), [z, *rows.values()], allow_unused=True, materialize_grads=True)
@@ -230,7 +215,7 @@ def gather(
         pieces: Reduced models, each with whether it answers for what does not depend on the split plate.
         positions: Rows of a selection's units in the table of a block.
         apart: As in `Probe`.
-        seed: Seed of signs and noise.
+        seed: Seed of signs.
     """
     blocks = [b for b in guide.blocks if b.free]
     sums: dict[str, np.ndarray] = {}

@@ -23,6 +23,7 @@ class Settings:
     Args:
         free: Plate sets with free encodings.
         schemes: Block name -> scheme of its learned correction.
+        seen: Block name -> observed variable that its set encoder reads, where the scheme has one.
         structure: What `probe` found of the components, and the candidates of each draw.
         split: The plate that shards divide.
         dtype: "float64" or "float32".
@@ -33,6 +34,7 @@ class Settings:
 
     free: tuple[tuple[str, ...], ...] = ()
     schemes: Mapping[str, str] = field(default_factory=dict)
+    seen: Mapping[str, str] = field(default_factory=dict)
     structure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     split: str | None = None
     dtype: str = "float64"

@@ -90,7 +90,7 @@ def residual(sites: Sites, centre: Centre, scores: Scores) -> Residual:
     return Residual(float(np.sqrt(np.mean(rows**2))), float(np.quantile(rows, 0.999)), float(root.max(initial=0.0)))
 
 
-def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> Sites:
+def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray, longest: float = LONGEST) -> Sites:
     """The sites of the next round; no coordinate moves by more than a few of its sds."""
     loc, found = {}, {}
     for b, old in sites.precision.items():
@@ -98,11 +98,11 @@ def updated(sites: Sites, centre: Centre, scores: Scores, scale: np.ndarray) -> 
         held = old * (sites.loc[b] - centre.loc[b])
         k = np.maximum(np.abs(scores.curvature[b]), LEAST * other)
         change = scores.score[b] - held
-        limit = LONGEST * centre.sd[b] * (other + k)
+        limit = longest * centre.sd[b] * (other + k)
         change = np.clip(change, -limit, limit)
         pull = held + change
         # A pull without the precision that belongs to it would drag the scales above to infinity: no site lies further off than its own sds.
-        far = np.abs(pull) / LONGEST
+        far = np.abs(pull) / longest
         k = np.maximum(k, np.minimum(far**2, far / centre.sd[b]))
         loc[b], found[b] = centre.loc[b] + pull / k, k
     return Sites(loc, found, *_root_site(sites, centre, scores, scale))

@@ -83,7 +83,9 @@ def look(graph: Graph, cohort: Cohort, free: frozenset[frozenset[str]], seed: in
     with precision(torch.float64):
         reduced = small_reduced(graph, cohort, guide, 3)
         space = RootSpace(graph, reduced)
-        roots = [space.values(z) for z in torch.from_numpy(space.prior_draws(2, seed)).split(1)]
+        prior = torch.from_numpy(space.prior_draws(2, seed))
+        # Of a wide prior each draw may lie where a law is flat: the bend of a logistic one is within some units of zero.
+        roots = [space.values(z) for z in torch.cat([prior[:1].tanh(), prior]).split(1)]
         draws = [near_prior(guide, reduced, root, list(graph.links), NEAR, torch.Generator().manual_seed(seed))[0] for root in roots]
         return tried(graph, cohort, free, probe(graph, free, reduced, draws), roots[0], seed)
 

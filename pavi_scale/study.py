@@ -14,6 +14,7 @@ from pavi_scale.batching import most_units, split_plate
 from pavi_scale.cohort import Cohort, Origin, open_cohort
 from pavi_scale.errors import InputError, PlanRefused
 from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
+from pavi_scale.guide.correction import below
 from pavi_scale.guide.guide import Guide
 from pavi_scale.later import Later
 from pavi_scale.memory import format_bytes, parse_bytes
@@ -36,6 +37,7 @@ RESAMPLE_LIMIT = 2_000_000
 LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
+POOLED = ("encoder", "hybrid")  # of these, the data of a unit are read by a set encoder
 SCHEMES = ("auto", "likelihood", "free", "encoder", "hybrid")
 Encoding = str | Mapping[object, str]
 
@@ -157,8 +159,10 @@ def prepare(
             )
     trained = tuple(b.name for b in guide.blocks if schemes[b.name] in LEARNED and not b.free)
     kinds = {b.name: schemes[b.name] if schemes[b.name] in LEARNED else "likelihood" for b in guide.blocks if not b.free}
+    read = {b.name: below(graph.model, cardinality, b) for b in guide.blocks if kinds.get(b.name) in POOLED}
+    seen = {name: v for name, v in read.items() if v is not None}
     settings = Settings(
-        tuple(tuple(sorted(f)) for f in sorted(free, key=sorted)), kinds, structure, split, path, threads, plan.cache_bytes, plan.chunk,
+        tuple(tuple(sorted(f)) for f in sorted(free, key=sorted)), kinds, seen, structure, split, path, threads, plan.cache_bytes, plan.chunk,
     )
     return Study(cohort, graph, guide, settings, plan, trained)
 

@@ -15,8 +15,9 @@ from pavi_scale import rng
 from pavi_scale.cohort import Origin, open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import ask_ratios, diagnose
-from pavi_scale.errors import RunError
+from pavi_scale.errors import CohortError, RunError
 from pavi_scale.guide.blocks import dense_units
+from pavi_scale.guide.guide import Guide
 from pavi_scale.marginal import Pool
 from pavi_scale.model.template import Model
 from pavi_scale.moments import MOST_CANDIDATES
@@ -177,11 +178,17 @@ def extend(computation: StudyComputation, state: Mapping[str, np.ndarray], facts
     opened = open_cohort(new, computation.graph.model)
     opened.check_values()
     study = prepare(opened, seed=seed)
+    if study.settings.free:
+        free = ", ".join("*".join(p) for p in study.settings.free)
+        raise CohortError(
+            "the new units are too many to be computed together", where="extend", expected="a cohort without free rows", got=f"free rows of {free}",
+            remedy="extend by fewer of them at a time",
+        )
     # A law that is linear for all units of the old cohort need not be so for the new ones.
     known, found = computation.settings.structure, study.settings.structure
     structure = {name: found[name] if old["quadratic"] and not found[name]["quadratic"] else old for name, old in known.items()}
     settings = replace(computation.settings, split=study.settings.split, structure=structure)
-    study = replace(study, settings=settings)
+    study = replace(study, settings=settings, guide=Guide(study.graph, structure=structure))
     kept = {k: v for k, v in state.items() if not k.startswith(("residual/", "start/", "modes/"))}
     run = Run.create(None)
     config = {"seed": seed, "encoding": "auto", "memory": "4 GiB", "device": "auto", "max_time": None}

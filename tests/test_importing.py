@@ -40,7 +40,7 @@ with (here / "after").open("a") as after:
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """A script beside a module of its own; called, it is run as `python study.py` does, and forgotten."""
-    (tmp_path / "neighbour.py").write_text("SCALE = 0.5\n")
+    (tmp_path / "neighbour.py").write_text("SCALE = 0.5\ndef elsewhere(held):\n    return lambda a: held(a)\n")
     path = tmp_path / "study.py"
     path.write_text(SCRIPT)
 
@@ -116,4 +116,51 @@ def test_a_typed_model_is_to_be_passed(tmp_path, monkeypatch):
     text = SCRIPT.replace("from neighbour import SCALE", "SCALE = 0.5").replace("Path(__file__).parent", f"Path({str(tmp_path)!r})")
     subprocess.run([sys.executable, "-"], input=text, text=True, check=True, cwd=ROOT)
     with pytest.raises(RunError, match="no file: it was typed.*pass model="):
+        ps.open_posterior(tmp_path / "run")
+
+
+HELD = """
+from typing import NamedTuple
+
+class Offset:
+    def __init__(self, by):
+        self.by = by
+    def __call__(self, a):
+        return Normal(a + self.by, SCALE)
+
+class Pair(NamedTuple):
+    offset: Offset
+
+def law_of(*held):
+    def law(a):
+        return held[0](a) if isinstance(held[0], Offset) else held[0].offset(a)
+    return law
+
+def factory(held):
+    return lambda a: held(a)
+"""
+
+
+HOLDING = ["law_of(Offset(1.0))", "law_of(Pair(Offset(1.0)))", "factory(Offset(1.0))", "elsewhere(Offset(1.0))", "Offset(1.0)"]
+
+
+@pytest.fixture
+def holding(script):
+    """`script`, its law one of `HOLDING`."""
+    text = SCRIPT.replace("import SCALE", "import SCALE, elsewhere").replace("here = ", f"{HELD}\nhere = ", 1)
+    return lambda law: script(text.replace("lambda a: Normal(a, SCALE)", law))
+
+
+@pytest.mark.parametrize("law", HOLDING)
+def test_a_law_that_holds_an_object_of_its_script_has_not_changed(holding, tmp_path, law):
+    """The script's classes belong to another module whenever it is executed, and objects lie at other addresses."""
+    holding(law)
+    assert abs(float(ps.open_posterior(tmp_path / "run").datatree["posterior_mean"]["a"]) - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("law", HOLDING[:-1])
+def test_a_law_that_holds_an_object_of_another_class_has_changed(holding, tmp_path, law):
+    path = holding(law)
+    path.write_text(path.read_text().replace(law, law.replace("Offset(1.0)", "Sizes()")))
+    with pytest.raises(RunError, match="the model has changed since the run"):
         ps.open_posterior(tmp_path / "run")

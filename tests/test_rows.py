@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributions import HalfNormal, Normal
+from torch.distributions import Bernoulli, HalfNormal, Normal, Poisson
 
 import pavi_scale as ps
 from pavi_scale import miniature, rows, searching, study, upper
@@ -414,3 +414,60 @@ def test_tasks_are_shorter_towards_the_end_of_a_round(count):
             next_one = free.index(min(free))
             free[next_one] += length / speeds[next_one]
         assert max(free) <= count / sum(speeds) + 2 / min(speeds)
+
+def crossed(law, wide=1.0, students=60, lecturers=25, count=1200, seed=2, level=0.5):
+    """A crossed table under scales that are learned, their priors so many times as wide as the data."""
+    rng = np.random.default_rng(seed)
+    s, t = rng.integers(0, students, count), rng.integers(0, lecturers, count)
+    eta = level + 0.8 * rng.normal(size=students)[s] + 0.6 * rng.normal(size=lecturers)[t]
+    y = {Normal: eta + rng.normal(size=count), Poisson: rng.poisson(np.exp(eta)), Bernoulli: rng.random(count) < 1 / (1 + np.exp(-eta))}[law].astype(float)
+    of = {Normal: lambda x: Normal(x, 1.0), Poisson: lambda x: Poisson(x.exp()), Bernoulli: lambda x: Bernoulli(logits=x)}[law]
+    model = ps.Model(
+        ps.Plate("student"), ps.Plate("lecturer"), ps.Plate("rating", within=("student", "lecturer")),
+        level=ps.latent(lambda: Normal(0.0, 10 * wide)), sa=ps.latent(lambda: HalfNormal(wide)), sb=ps.latent(lambda: HalfNormal(wide)),
+        a=ps.latent(lambda sa: Normal(0.0, sa), plates="student"), b=ps.latent(lambda sb: Normal(0.0, sb), plates="lecturer"),
+        y=ps.observed(lambda level, a, b: of(level + a + b), plates="rating"),
+    )  # fmt: skip
+    index = {"s": ("rating", s, {"instance_dimension": "student"}), "l": ("rating", t, {"instance_dimension": "lecturer"})}
+    return model, xr.Dataset({"y": ("rating", y), **index})
+
+
+@pytest.mark.parametrize(("law", "wide", "level"), [(Normal, 100.0, 0.5), (Poisson, 1.0, 4.0), (Bernoulli, 1.0, 0.5)])
+def test_rows_of_crossed_groups_are_where_the_exact_posterior_is(monkeypatch, law, wide, level):
+    """Priors far wider than the data, many data in each unit, and laws that are not Gaussian: sites lose couplings, but none of their means."""
+    model, data = crossed(law, wide, level=level)
+    exact = ps.fit(model, data, progress=False).datatree
+    free(monkeypatch, "lecturer")
+    found = ps.fit(model, data, progress=False)
+    assert found.status != "unconverged"
+    for name in ("a", "b", "sa", "sb"):
+        mean, sd = (np.asarray(exact[f"posterior_{of}"][name]) for of in ("mean", "sd"))
+        away = np.asarray(found.datatree["posterior_mean"][name]) - mean
+        assert np.abs(away - (away.mean() if away.ndim else 0.0)).max() < 0.4 * sd.max(), name  # the level is the student's, the lecturer's or of all
+
+
+@pytest.mark.parametrize("law", [Poisson, Bernoulli])
+def test_scores_are_the_slopes_of_the_bound_where_laws_are_not_gaussian(monkeypatch, law):
+    model, data = crossed(law)
+    free(monkeypatch, "lecturer")
+    made = Rows(trainer(model, data))
+    root = np.array([0.4, -0.3, -0.6])
+    centre = made.upper.centre(made.upper.initial(root, {"lecturer": np.linspace(-1, 1, 25)[:, None]}), root)
+    centre = replace(centre, loc={"lecturer": np.linspace(-1, 1, 25)[:, None]}, sd={"lecturer": np.full((25, 1), 1e-2)}, root_sd=1e-2 * (centre.root_sd > 0))
+    score = made.round(made.count, centre, 7).root
+    for i in np.flatnonzero(centre.root_sd):
+        high, low = (made.round(made.count, replace(centre, root=root + 0.02 * s * np.eye(3)[i]), 8).value for s in (1, -1))
+        assert score[i] == pytest.approx((high - low) / 0.04, rel=0.02, abs=0.5)
+
+
+def test_rows_many_sds_from_their_prior_mean(monkeypatch):
+    """The stored mean of a row is where its site is, however narrow."""
+    model, data = groups()
+    wide = ps.Model(
+        *model.plates.values(), theta=ps.latent(lambda: Normal(0.0, 100.0), plates="group"), y=ps.observed(lambda theta: Normal(theta, 1.0), plates="obs")
+    )
+    data = data.assign(y=data["y"] + 5.0 * data["of"].values)
+    free(monkeypatch, "group")
+    assert trainer(wide, data).study.settings.structure["group"]["quadratic"]
+    count, total = np.bincount(data["of"]), np.bincount(data["of"], data["y"])
+    np.testing.assert_allclose(ps.fit(wide, data, progress=False).datatree["posterior_mean"]["theta"], total / (count + 1e-4), rtol=1e-4)

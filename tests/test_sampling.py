@@ -294,3 +294,16 @@ def test_the_standard_error_of_few_particles_is_the_spread_over_seeds(particles)
     found = np.array([narrow.elbo(particles, seed) for seed in range(200)])
     assert np.isfinite(found).all()
     assert (found[:, 1] ** 2).mean() == pytest.approx(found[:, 0].var(), rel=0.4)
+
+
+@pytest.mark.parametrize("particles", [5, 6])
+def test_the_standard_error_of_the_bound_is_its_spread_over_seeds(particles):
+    """Odd numbers of particles, too, of which one would be without its mirror image; the posterior of the scale is no normal."""
+    model = ps.Model(
+        ps.Plate("i"), a=ps.latent(lambda: Normal(0.0, 2.0)), s=ps.latent(lambda: Normal(0.0, 1.0)),
+        y=ps.observed(lambda a, s: Normal(a, s.exp()), plates="i"),
+    )  # fmt: skip
+    sampler = ps.fit(model, xr.Dataset({"y": ("i", np.array([0.3, 1.4, 0.8, 2.0]))}), progress=False)._context.sampler
+    narrow = GuideSampler(sampler.computation, {**sampler.state, "root/raw": sampler.state["root/raw"] + np.log(0.3) * np.eye(2)})
+    found, errors = np.array([narrow.elbo(particles, seed) for seed in range(3000)]).T
+    assert found.std() == pytest.approx(np.sqrt((errors**2).mean()), rel=0.05)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pavi_scale.encodings import SetEncoder
 from pavi_scale.flows import ConditionalFlow
 from pavi_scale.guide.blocks import Block, Component, lies_below
+from pavi_scale.model.template import Model
 from pavi_scale.reduced import Reduced
 
 ENCODING = 8
@@ -27,12 +28,13 @@ class BlockCorrection(nn.Module):
     Args:
         block: The block.
         e: Coordinates of one copy.
-        inputs: Features of one observation below the block; 0 for no set encoder.
+        seen: The observed variable below the block that its set encoder reads; None for no set encoder.
+        inputs: Features of one observation of it.
     """
 
-    def __init__(self, block: Block, e: int, inputs: int) -> None:
+    def __init__(self, block: Block, e: int, seen: str | None, inputs: int) -> None:
         super().__init__()
-        self.block, self.e = block, e
+        self.block, self.e, self.seen = block, e, seen
         self.encoder = SetEncoder(inputs, ENCODING) if inputs else None
         self.network = nn.Sequential(nn.Linear(2 * e + (ENCODING if inputs else 0), HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
         self.flow = ConditionalFlow(e, HIDDEN)
@@ -48,15 +50,18 @@ class BlockCorrection(nn.Module):
         """Context of the flow, `[K, n, C, hidden]`, from the core's features `[K, n, C, 2 e]` and the data below."""
         features = (core - self.loc) / self.scale
         if self.encoder is not None:
-            x, unit = observations(reduced, self.block)
+            x, unit = self.observations(reduced)
             code = self.encoder(x, unit, reduced.count(self.block.plates))
             features = torch.cat([features, code[None, :, None, :].expand(*features.shape[:3], -1)], -1)
         return self.network(features)
 
+    def observations(self, reduced: Reduced) -> tuple[Tensor, Tensor]:
+        """What the set encoder reads of a reduced model: features `[m, inputs]`, and the unit of each, `[m]`."""
+        return observations(reduced, self.block, str(self.seen))
 
-def observations(reduced: Reduced, block: Block) -> tuple[Tensor, Tensor]:
-    """Features `[m, inputs]` of all observations below the block's units (values, then their covariates), and their unit `[m]`."""
-    v = below(reduced, block)
+
+def observations(reduced: Reduced, block: Block, v: str) -> tuple[Tensor, Tensor]:
+    """Features `[m, inputs]` of all observations `v` below the block's units (values, then their covariates), and their unit `[m]`."""
     variable = reduced.graph.model.variables[v]
     sizes = reduced.sizes(variable.plates)
     own = _flat(reduced.data[v], sizes)
@@ -76,11 +81,10 @@ def _flat(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return values.reshape(math.prod(sizes), math.prod(values.shape[len(sizes) :]))
 
 
-def below(reduced: Reduced, block: Block) -> str:
-    """The observed variable with most values below the block's units: in the whole cohort, so that every selection has the same."""
-    model, cardinality = reduced.graph.model, reduced.selection.layout.cardinality
+def below(model: Model, cardinality: Mapping[str, int], block: Block) -> str | None:
+    """The observed variable with most values below a block's units, if there is one: what a set encoder is trained on, and reads ever after."""
     found = [v for v in model.of_kind("observed") if lies_below(model.plates, v.plates, block.plates)]
-    return max(found, key=lambda v: math.prod(cardinality[p] for p in v.plates)).name
+    return max(found, key=lambda v: math.prod(cardinality[p] for p in v.plates)).name if found else None
 
 
 class Corrections(nn.Module):
@@ -89,18 +93,18 @@ class Corrections(nn.Module):
     Args:
         components: Components of the guide; only their resampled blocks have a correction.
         schemes: Block name -> "likelihood", "encoder", "hybrid" or "free"; blocks not named have no correction.
+        seen: Block name -> the observed variable that its set encoder reads; blocks not named have no set encoder.
         reduced: A reduced model, for the sizes of the data.
     """
 
-    def __init__(self, components: list[Component], schemes: Mapping[str, str], reduced: Reduced) -> None:
+    def __init__(self, components: list[Component], schemes: Mapping[str, str], seen: Mapping[str, str], reduced: Reduced) -> None:
         super().__init__()
         self.schemes = dict(schemes)
         blocks = {b.name: (c, b) for c in components for b in c.blocks if b.name in schemes and b.name in c.resampled}
         self.parts = nn.ModuleDict()
         for name, (component, block) in blocks.items():
-            wide = schemes[name] in ("encoder", "hybrid")
-            inputs = observations(reduced, block)[0].shape[1] if wide else 0
-            self.parts[_key(name)] = BlockCorrection(block, component.shape(block)[1], inputs)
+            inputs = observations(reduced, block, seen[name])[0].shape[1] if name in seen else 0
+            self.parts[_key(name)] = BlockCorrection(block, component.shape(block)[1], seen.get(name), inputs)
 
     def names(self) -> list[str]:
         """Blocks that have a correction."""

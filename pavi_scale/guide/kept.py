@@ -47,7 +47,7 @@ def settle(local: LocalModel, z: Coordinates) -> tuple[Coordinates, Expansion]:
             if not len(going):
                 break
         expansion = local.expand(found, differentiable=False)
-        if not bool((decrement(local, expansion).sum(1) < TOLERANCE).all()):
+        if not bool((decrement(local, expansion).sum(1) < TOLERANCE[local.reduced.dtype]).all()):
             found = search(local, found)
             expansion = local.expand(found, differentiable=False)
         return {b: zb + expansion.gaussian.step[b] for b, zb in found.items()}, expansion

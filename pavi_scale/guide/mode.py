@@ -14,10 +14,9 @@ from pavi_scale.guide.gaussian import Tree
 Noise = Callable[[Block, tuple[int, ...]], Tensor]  # (block, [K, n, C, e]) -> standard normals
 
 MAX_ITERATIONS = 20
-TOLERANCE = 1e-7  # Newton decrement (nats) at which a unit's search ends: the last step squares what is left
-LONGEST = 4.0  # conditional sds of one unguarded step
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}  # Newton decrement (nats) at which a unit's search ends: the last step squares what is left
 MAX_SHORTENED = 24  # times that a step is shortened to a quarter before it is given up
-ENCODING_ITERATIONS = 2  # Newton steps where the mode is an encoding for stochastic training, not the centre of an expansion
+DIGITS = {torch.float64: 1e-9, torch.float32: 1e-5}  # of a log joint, that it may fall by
 ROUGH_ITERATIONS = 12
 COMPACT = 0.8  # share of particles still searched below which the batch is made smaller
 
@@ -56,17 +55,13 @@ def search(local: LocalModel, z: Coordinates) -> Coordinates:
 
     Particles whose units have all settled leave the batch; a step is shortened by looking at values alone.
     """
-    if local.reduced.dtype == torch.float32:  # an encoding for stochastic training: no search along the step
-        for _ in range(ENCODING_ITERATIONS):
-            z = {b: zb + step for (b, zb), step in zip(z.items(), _bounded(local.expand(z, differentiable=False)), strict=True)}
-        return z
     found = {b: zb.clone() for b, zb in z.items()}
     rows = torch.arange(local.particles)
     settled: Tensor | None = None
     for _ in range(MAX_ITERATIONS):
         expansion = local.expand(z, differentiable=False)
         before = torch.zeros_like(expansion.value, dtype=torch.bool) if settled is None else settled
-        settled = before | (decrement(local, expansion) < TOLERANCE)
+        settled = before | (decrement(local, expansion) < TOLERANCE[local.reduced.dtype])
         # The step at hand is free, and squares what is left of a settled unit's error; after it the unit rests, however long the others take.
         z, stuck = along(local, z, expansion, settled, before)
         settled = settled | stuck
@@ -90,7 +85,7 @@ def along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tens
     """
     step = expansion.gaussian.step
     scale = (~resting).to(expansion.value.dtype)
-    least = expansion.value - 1e-9 * (1 + expansion.value.abs())
+    least = expansion.value - DIGITS[expansion.value.dtype] * (1 + expansion.value.abs())
     for _ in range(MAX_SHORTENED):
         trial = _move(local, z, step, scale)
         worse = ~(local.log_terms(trial) >= least)
@@ -99,17 +94,6 @@ def along(local: LocalModel, z: Coordinates, expansion: Expansion, settled: Tens
         scale = torch.where(worse, torch.where(settled, 0.0, 0.25 * scale), scale)
     scale = torch.where(worse, 0.0, scale)
     return _move(local, z, step, scale), worse
-
-
-def _bounded(expansion: Expansion) -> list[Tensor]:
-    """Newton steps, in the order of the blocks, no longer than a few conditional sds where the component is not Gaussian."""
-    steps = []
-    for b, step in expansion.gaussian.step.items():
-        if isinstance(expansion.gaussian, Tree):
-            sd = expansion.gaussian.factor[b].diagonal(dim1=-2, dim2=-1).reciprocal()
-            step = step.clamp(-LONGEST * sd, LONGEST * sd)
-        steps.append(step)
-    return steps
 
 
 def decrement(local: LocalModel, expansion: Expansion) -> Tensor:

@@ -20,6 +20,8 @@ from pavi_scale.plates import Plate, ancestors
 
 Law = Callable[..., Distribution]
 Kind = Literal["latent", "observed", "covariate"]
+ANEW = "_pavi_."  # before the name of a module that is executed anew, to have its model again
+PLAIN = (int, float, complex, str, bytes, bool, type(None))  # values whose representation is all there is of them
 LONGEST_NAME = 120  # bytes; file systems allow 255, and names get suffixes
 # Names that a posterior has a use for: a model that had them too would be fitted, and its posterior could not be read.
 OF_DRAWS = ("chain", "draw")  # dimensions of draws, and their coordinates
@@ -298,6 +300,8 @@ def _topological(variables: Mapping[str, Variable]) -> list[str]:
 def _code_digest(law: Law | None) -> bytes:
     """Digest of a callable's code: byte code, constants, names, defaults and captured plain values."""
     digest = hashlib.blake2b(digest_size=16)
+    # One script is `__main__` where it fits, another module where it is imported, and a third where it is executed anew.
+    own = getattr(law, "__module__", None), "__main__"
 
     def feed(value: Any) -> None:
         if isinstance(value, types.CodeType):
@@ -311,10 +315,15 @@ def _code_digest(law: Law | None) -> bytes:
                 feed(default)
             for cell in value.__closure__ or ():
                 feed(cell.cell_contents)
-        elif isinstance(value, (int, float, complex, str, bytes, bool, tuple, type(None))):
+        elif isinstance(value, tuple) and not all(isinstance(v, PLAIN) for v in value):
+            for each in value:  # of which the representation may tell an address
+                feed(each)
+        elif isinstance(value, (*PLAIN, tuple)):
             digest.update(repr(value).encode())
         else:
-            digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
+            kind = type(value)
+            known = kind.__module__ not in own and not kind.__module__.startswith(ANEW)
+            digest.update(f"{kind.__module__}.{kind.__qualname__}".encode() if known else kind.__qualname__.encode())
 
     feed(law)
     return digest.digest()

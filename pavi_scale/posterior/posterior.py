@@ -200,6 +200,7 @@ class Posterior:
 
         Args:
             particles: Number of draws that it is averaged over, at least 2: one tells nothing about the spread that the standard error is made of.
+                Four and more are drawn in antithetic pairs, so that an odd number is raised by one.
             seed: Stream of draws.
 
         Raises:

@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in ("toystudy", "broken", "cyclic", "quits"):
+    for name in ("toystudy", "broken", "cyclic", "quits", "fits"):
         sys.modules.pop(name, None)
 
 

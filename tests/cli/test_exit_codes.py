@@ -42,6 +42,7 @@ STUDIES = {
     "not a model": (text(model="toystudy:number"), ("does not lead to a model", "int")),
     "failing module": (text(model="broken:model"), ("cannot be imported", "ZeroDivisionError")),
     "module that exits": (text(model="quits:model"), ("cannot be imported", "SystemExit")),
+    "module that fits": (text(model="fits:model"), ("does more than make it", "a fit, resumption or opening", "__main__")),
     "cyclic model": (text(model="cyclic:model"), ("the model is cyclic", "a -> b -> a")),
     "no cohort": (text(cohort="absent.zarr"), ("cohort store cannot be read", "absent.zarr")),
     "cohort is a file": (text(cohort="study.yaml"), ("cohort store cannot be read",)),
@@ -55,6 +56,7 @@ STUDIES = {
 def place(folder):
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "quits.py").write_text("raise SystemExit('bye')\n")
+    (folder / "fits.py").write_text("from toystudy import model\nimport pavi_scale as ps\nps.fit(model, 'cohort.zarr', run='inner', progress=False)\n")
     law = "lambda {}: __import__('torch').distributions.Normal(0.0, 1.0)"
     (folder / "cyclic.py").write_text(f"import pavi_scale as ps\nmodel = ps.Model(a=ps.latent({law.format('b')}), b=ps.latent({law.format('a')}))\n")
     (folder / "mars.yaml").write_text("kind: mars\n")

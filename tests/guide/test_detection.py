@@ -9,6 +9,8 @@ import xarray as xr
 from torch.distributions import Bernoulli, Categorical, Gamma, HalfNormal, Laplace, LogNormal, MixtureSameFamily, MultivariateNormal, Normal, Poisson, StudentT
 
 import pavi_scale as ps
+from pavi_scale.cohort import open_cohort
+from pavi_scale.study import prepare
 from tests.guide import oracle
 
 RNG = np.random.default_rng(0)
@@ -279,3 +281,16 @@ def test_units_of_a_bent_cell_have_the_posterior_that_quadrature_finds():
         assert np.abs((posterior.datatree["posterior_mean"]["a"].values - mean) / sd).max() < 0.1
         assert np.abs(np.log(posterior.datatree["posterior_sd"]["a"].values / sd)).max() < 0.1
         assert float(posterior.diagnostics["khat"].max()) > -1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_law_is_bent_where_a_wide_prior_rarely_looks(seed):
+    """Logits of draws from such a prior are so far out that a Bernoulli law is flat there; it was taken for linear-Gaussian."""
+    group = np.repeat(np.arange(30), 8)
+    y = (np.random.default_rng(seed).random(240) < 0.6).astype(float)
+    model = ps.Model(
+        ps.Plate("g"), ps.Plate("i", within="g"), mu=ps.latent(lambda: Normal(0.0, 1000.0)), a=ps.latent(lambda: Normal(0.0, 1.0), plates="g"),
+        y=ps.observed(lambda mu, a: Bernoulli(logits=mu + a), plates="i"),
+    )  # fmt: skip
+    data = xr.Dataset({"y": ("i", y), "of": ("i", group, {"instance_dimension": "g"})})
+    assert not prepare(open_cohort(data, model), seed=seed).guide.components[0].quadratic
