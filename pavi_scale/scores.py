@@ -23,9 +23,9 @@ from torch import Tensor
 from pavi_scale.device import PROCESSOR, doubles, to_default
 from pavi_scale.guide.blocks import Block, Component, labelled
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.guide import Guide, weights
+from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.labels import LabelledCore
-from pavi_scale.guide.local import draw, fit_core
+from pavi_scale.guide.local import draw, fit_core, weights
 from pavi_scale.guide.mode import Noise
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.plates import Layout, Selection
