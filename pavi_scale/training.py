@@ -207,7 +207,7 @@ class Trainer:
         except NumericalError as error:
             raise self.nowhere_finite(mode) from error
         far = pool.khat > LIMIT and pool.ess < EFFICIENT * len(pool.weight)  # then the fit is unreliable, however long one goes on
-        return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and (pool.ess > ENOUGH or far)), pool.khat)
+        return self._fitted(pool.points, pool.weight, pool.gaussian, far or pool.ess > 400 or (converged and pool.ess > ENOUGH), pool.khat)
 
     def _search(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Mode of L and covariance there: found on a sample where the cohort is large, and carried to the whole by a few gradients."""
