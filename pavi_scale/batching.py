@@ -17,6 +17,8 @@ from pavi_scale.model.template import Model
 from pavi_scale.plates import Layout, Selection, ancestors
 from pavi_scale.rng import stream
 
+ROWS = 16  # rows of chunks that are open at the same time
+
 
 def splittable(model: Model, components: Sequence[Component]) -> tuple[str, ...]:
     """Top-level plates over which no block pools its data, in the model's order."""
@@ -142,6 +144,25 @@ def shards(layout: Layout, plate: str | None, per_shard: int) -> list[Shard]:
     n = layout.cardinality[plate]
     per_shard = max(1, min(per_shard, n))
     return [Shard(plate, a, min(a + per_shard, n), a == 0) for a in range(0, n, per_shard)]
+
+
+def spread_out(count: int, length: int, chunk: int, key: int) -> np.ndarray:
+    """An order of units that selections begin with: runs of at most `length` neighbours, which lie in one row of chunks each.
+
+    At random over `ROWS` rows until these are used up, then over the next: what is read of a row is decoded whole, and a selection of many
+    runs should not touch all rows.
+    """
+    rng = np.random.default_rng(key % 2**63)
+    each = -(-chunk // length)
+    edges = np.linspace(0, chunk, each + 1).astype(np.int64)
+    rows = rng.permutation(-(-count // chunk))
+    found: list[np.ndarray] = []
+    for start in range(0, len(rows), ROWS):
+        some = rows[start : start + ROWS]
+        parts = np.stack([rng.permutation(each) for _ in some])
+        for turn in range(each):  # one run of each row, then a second one
+            found += [np.arange(r * chunk + edges[p], min(r * chunk + edges[p + 1], count)) for r, p in rng.permutation(np.stack([some, parts[:, turn]], 1))]
+    return np.concatenate(found)
 
 
 def batches(layout: Layout, plates: Mapping[str, int], seed: int, cells: Mapping[str, int] | None = None) -> Iterator[dict[str, np.ndarray]]:

@@ -44,9 +44,9 @@ from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.scores import gather
 from pavi_scale.settings import Settings, make_graph, precision
+from pavi_scale.weighing import FEW_CANDIDATES, groups_of
 
 Arrays = Mapping[str, np.ndarray]
-FEW_CANDIDATES = 16
 TIDY_EVERY = 32  # tasks: the pages given back must be zeroed again when they are used
 ATTEMPTS = 16  # searches for the best local mode
 
@@ -230,10 +230,10 @@ class StudyComputation:
         bounds, grads = [], []
         for start in range(0, len(points), size):
             z = torch.tensor(points[start : start + size], dtype=self.dtype, requires_grad=gradient)
-            noise = shared_noise(stream(int(task.get("seed", 0)), "bound", shard.start), self.dtype)
+            noise = shared_noise(stream(int(task.get("seed", 0)), "bound", shard.start), self.dtype, self.guide.finest)
             value = self.guide.local_bound(
                 reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, differentiable=gradient,
-                samples=0 if gradient else samples, noise=noise, corrections=corrections, together=max(1, size // max(1, samples)),
+                samples=0 if gradient else samples, noise=noise, corrections=corrections, together=max(1, size // max(1, samples)), groups=groups_of(state),
             )
             bounds.append(doubles(value))
             if gradient:
@@ -262,10 +262,10 @@ class StudyComputation:
         return out
 
     def task_ratios(self, state: Arrays, task: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """log p - log q of M draws per unit of each finest block at one root point: `ratio/<block>` `[M, n]`, `units/<block>/<plate>` (`local_ratios`)."""
+        """log p - log q of M draws per unit of each finest block at a root point: `ratio/<block>` `[M, n]`, `units/<block>/<plate>` (`local_ratios`)."""
         reduced, shard = self.shard(task)
         noise = generator_noise(stream(int(task["seed"]), "ratios", shard.start), self.dtype)
-        root = self.space.values(torch.tensor(state["points"], dtype=self.dtype))
+        root = self.space.values(torch.tensor(state["points"][[int(task.get("at", 0))]], dtype=self.dtype))
         held = {b.name: state[f"held/{b.name}"][flat_positions(self.layout, reduced.selection, b)] for b in self.guide.blocks if f"held/{b.name}" in state}
         mine = [b.name for b in self.guide.blocks if self.guide.counted(reduced, b.plates, shard.plate, shard.first)]
         out: dict[str, np.ndarray] = {}
@@ -292,7 +292,7 @@ class StudyComputation:
                 continue
             core = self.kept_core(component, reduced, root, state["points"], keep=not task["units"])
             for name, ratio in candidates(core, noise, 2, correctors(weights, reduced)).log_weight.items():
-                total = total + (ratio.mean((0, 1)) * reduced.weights(self.block(name).plates).flatten()).sum()
+                total = total + (ratio.mean((0, 1, 2)) * reduced.weights(self.block(name).plates).flatten()).sum()
         tensors = [p for p in corrections.parameters() if p.requires_grad] + list(residuals.values())
         grads = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
         keys = [f"correction/{n}" for n, p in corrections.named_parameters() if p.requires_grad] + [f"residual/{b}" for b in residuals]
@@ -340,7 +340,7 @@ class StudyComputation:
                 else:
                     value = self.guide.local_bound(
                         reduced, self.space.values(z), len(z), split=shard.plate, first=shard.first, bound=True,
-                        samples=max(1, self.draws_per_unit(state)), noise=noise, corrections=corrections,
+                        samples=max(1, self.draws_per_unit(state)), noise=noise, corrections=corrections, groups=groups_of(state),
                     )
                 parts.append(doubles(value))
         return {"bound": np.concatenate(parts)}
@@ -364,12 +364,12 @@ class StudyComputation:
         self._settle()
         reduced, _ = self.shard({"shard": (shard.plate, shard.start, shard.stop, shard.first)})
         self._ahead.after(shard)
-        points, size = state["points"], max(1, self.per_chunk(reduced) // max(1, self.draws_per_unit(state)))
+        points, most = state["points"], self.draws_per_unit(state)
         noise = generator_noise(stream(int(task["seed"]), "moments", shard.start), self.dtype)
         own, passed = answers_for(self.guide, reduced, shard), self._passed.of(state)
-        moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), self.draws_per_unit(state), own, passed)
+        moments = Moments(self.guide, reduced, self.weights(state, reduced), noise, int(task["repeats"]), most, groups_of(state), own, passed)
         limits = points_of(self.guide, reduced, shard, task.get("limits", {}), len(points))
-        moments.over(points, lambda some: self.space.values(torch.tensor(some, dtype=self.dtype)), limits, size)
+        moments.over(points, lambda some: self.space.values(torch.tensor(some, dtype=self.dtype)), limits, max(1, self.per_chunk(reduced) // max(1, most)))
         written: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         out = {f"held/{b}": table for b, table in moments.held.items()}
         out |= {f"at/{b}": flat_positions(self.layout, reduced.selection, self.block(b)) for b in moments.held}

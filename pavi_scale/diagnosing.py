@@ -11,12 +11,14 @@ import numpy as np
 from pavi_scale.computation import StudyComputation
 from pavi_scale.psis import khat
 from pavi_scale.server.protocol import Asked, Engine
+from pavi_scale.weighing import EFFECTIVE, LEAST_EFFECTIVE, groups_of
 
 SAMPLES = 128  # draws per unit: a tail of 26
 LIMIT = 0.7  # k-hat above which importance weights are not to be trusted (Vehtari et al. 2024)
 EFFICIENT = 0.3  # relative effective sample size that makes a high k-hat harmless
-EFFECTIVE = 10.0  # candidates of a unit that should carry its weight
 LOST = 0.5  # share of a direction's precision that its couplings would take away: at half, the variance there is twice what the fit says
+POINTS = 0.1, 0.3, 0.7, 0.9  # shares of the pool's weight, in its order, at which units are looked at beside the middle
+SHIFTED = 0.1  # variance (nats squared) of log weights for each coordinate, above which a Gaussian is a third of an sd off (Pinsker's order of size)
 UNITS = 20_000  # ground units up to which every k-hat is computed; of more, those of a sample (the rest is unknown: NaN)
 PROBED = 2_000
 PARTS = 4  # neighbourhoods that these come from
@@ -24,12 +26,14 @@ Table = tuple[tuple[str, ...], np.ndarray | float]  # dimensions and values
 
 
 def ask_ratios(computation: StudyComputation, engine: Engine, state: Mapping[str, np.ndarray], seed: int, tasks: Sequence[Mapping[str, Any]]) -> Asked | None:
-    """Ask for the importance weights of units at the middle of q(root); None where no component's could vary."""
+    """Ask for the importance weights of units at the middle of q(root), of a small study before at other points of it; None where none could vary."""
     if not any(c.finest for c in computation.guide.components):
         return None
     weight = state["pool/weight"]
-    point = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), 0.5).clip(0, len(weight) - 1))]]
-    return engine.submit("ratios", {**state, "points": point}, [{**task, "samples": SAMPLES, "seed": seed} for task in few(computation, tasks)])
+    shares = [*(POINTS if finest_units(computation) <= PROBED else ()), 0.5]
+    points = state["pool/points"][[int(np.searchsorted(np.cumsum(weight), share).clip(0, len(weight) - 1)) for share in shares]]
+    asked = [{**task, "samples": SAMPLES, "seed": seed, "at": at} for at in range(len(points)) for task in few(computation, tasks)]
+    return engine.submit("ratios", {**state, "points": points}, asked)
 
 
 def diagnose(
@@ -47,7 +51,8 @@ def diagnose(
     """
     guide, layout = computation.guide, computation.layout
     tables: dict[str, np.ndarray] = {}
-    poor: list[np.ndarray] = []
+    poor: dict[bool, list[np.ndarray]] = {True: [], False: []}  # of finest blocks, and of coarser ones
+    finest = guide.finest
     plates: dict[str, tuple[str, ...]] = {}
     for component in guide.components:
         for block in component.blocks:
@@ -64,12 +69,37 @@ def diagnose(
                 at = np.ix_(*(answer[f"units/{key.removeprefix('ratio/')}/{p}"] for p in plates[name]))
                 tables[name][at] = np.clip(khat(ratios.T), -1.0, 10.0).reshape(tables[name][at].shape)
                 w = np.exp(ratios - ratios.max(0))
-                poor.append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < enough * len(w) * (w * w).sum(0)))
+                own = key.removeprefix("ratio/")
+                least = enough if own in finest else groups_enough(computation, state, own, ratios)
+                poor[own in finest].append((tables[name][at].ravel() > LIMIT) & (w.sum(0) ** 2 < least * len(w) * (w * w).sum(0)))
     root = facts.get("khat_root")
     found: dict[str, Table] = {n: (plates[n], v) for n, v in tables.items()}
     found["khat_root"] = (), float("nan") if root is None else float(np.clip(root, -1.0, 10.0))
     found["khat"] = found[max(tables, key=lambda n: tables[n].size)] if tables else found["khat_root"]
-    return status_of(facts, poor, root), found
+    status = [status_of(facts, some, root) for some in poor.values()]
+    return next((s for s in status if s != "ok"), "ok"), found
+
+
+def groups_enough(computation: StudyComputation, state: Mapping[str, np.ndarray], block: str, ratios: np.ndarray) -> np.ndarray | float:
+    """Relative effective sample size of groups of candidates below which a coarser block's draws are not its posterior's.
+
+    Where they are picked (`candidates`), a few of them should carry the weight. Where they are not, because of many coordinates together few would, each
+    coordinate may still be right: unless log weights `[M, n]` vary by more than so many of them explain.
+    """
+    groups = groups_of(state)
+    if groups > 1:
+        return min(EFFICIENT, LEAST_EFFECTIVE / groups)
+    component = next(c for c in computation.guide.components if any(b.name == block for b in c.blocks))
+    cardinality, top = computation.layout.cardinality, component.top(computation.graph.model.plates)
+    coarser = sum(b.dim * math.prod(cardinality[p] for p in b.plates) for b in component.blocks if b.name not in component.finest)
+    each = coarser / math.prod(cardinality[p] for p in (top.plates if top else ()))
+    return np.where(np.var(ratios, 0) > SHIFTED * each, EFFICIENT, 0.0)
+
+
+def finest_units(computation: StudyComputation) -> int:
+    """Ground units of the finest blocks."""
+    finest = [b for c in computation.guide.components for b in c.blocks if b.name in c.finest]
+    return sum(math.prod(computation.layout.cardinality[p] for p in b.plates) for b in finest)
 
 
 def khat_name(block: str) -> str:
@@ -80,8 +110,7 @@ def khat_name(block: str) -> str:
 def few(computation: StudyComputation, tasks: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """All shards of a small study; of a large one, a few that are spread over it, of about `PROBED` units together."""
     split, layout = computation.settings.split, computation.layout
-    finest = [b for c in computation.guide.components for b in c.blocks if b.name in c.finest]
-    units = sum(math.prod(layout.cardinality[p] for p in b.plates) for b in finest)
+    units = finest_units(computation)
     if split is None or units <= UNITS:
         return tasks
     n = layout.cardinality[split]

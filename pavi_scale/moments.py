@@ -84,7 +84,7 @@ class Passed:
         return self._cores
 
 
-MOST_CANDIDATES = 32  # per root point: hundreds of root points are averaged over
+MOST_CANDIDATES = 128  # per root point: hundreds of root points are averaged over
 
 
 class Moments:
@@ -100,17 +100,19 @@ class Moments:
         noise: Standard normals.
         repeats: Local draws per root point, where draws are needed.
         most: Most candidates per draw.
+        groups: In how many groups they are drawn (`candidates`).
         own: Components whose moments are wanted; the others are only drawn for those. None for all.
         passed: Where cores of the others are kept (`Passed`).
     """
 
     def __init__(
-        self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int = MOST_CANDIDATES,
+        self, guide: Guide, reduced: Reduced, weights: Weights, noise: Noise, repeats: int, most: int = MOST_CANDIDATES, groups: int = 1,
         own: Collection[str] | None = None, passed: Cores | None = None,
     ) -> None:
         self.own = {c.name for c in guide.components} if own is None else set(own)
         self.passed = {} if passed is None else passed
-        self.guide, self.reduced, self.weights, self.noise, self.repeats, self.most = guide, reduced, weights, noise, repeats, min(most, MOST_CANDIDATES)
+        self.guide, self.reduced, self.weights, self.noise = guide, reduced, weights, noise
+        self.repeats, self.most, self.groups = repeats, most, groups
         self.corrections = correctors(weights, reduced)
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
@@ -166,8 +168,10 @@ class Moments:
                 continue
             core = fit_core(local, differentiable=False)
             closed = {b.name for b in component.blocks if b.name not in component.resampled and all(self.guide.graph.links[n].identity for n in b.latents)}
-            times = min(component.candidates, self.most) if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
-            found = candidates(core, self.noise, times, self.corrections)
+            closed = set() if self._groups(component) > 1 else closed
+            times = self._candidates(component) if component.resampled else 1 if len(closed) == len(component.blocks) else self.repeats
+            found = candidates(core, self.noise, times, self.corrections, self._groups(component))
+            times = len(next(iter(found.sample.z.values()))) // particles
             mine = {n for b in component.blocks for n in b.latents}
             values.update({n: Value(v.theta[::times], v.plates) for n, v in found.sample.values.items() if n in mine})
             first = {b: z[::times] for b, z in found.sample.z.items()}
@@ -180,6 +184,14 @@ class Moments:
                 else:
                     self._accumulate_draws(block, particles, times, found)
 
+    def _groups(self, component: Component) -> int:
+        """Groups of a component's candidates."""
+        return self.groups if component.joint else 1
+
+    def _candidates(self, component: Component) -> int:
+        """Candidates of a resampled component: hundreds of root points are averaged over, so that few do, but for groups."""
+        return min(component.candidates, self.most, self.most if self._groups(component) > 1 else MOST_CANDIDATES)
+
     def _pass_on(self, local: LocalModel, values: dict[str, Value], at: bytes) -> None:
         """Draw a component for those that need it."""
         component, key = local.component, (local.component.name, at)
@@ -189,18 +201,17 @@ class Moments:
         core = fit_core(local, differentiable=False) if known is None else Core(local, *known)
         if keep and known is None and sum(z.numel() for z in core.mode.values()) <= PASSED:
             self.passed[key] = core.mode, core.expansion
-        times = min(component.candidates, self.most) if component.resampled else 1
+        times = self._candidates(component) if component.resampled else 1
         found = candidates(core, self.noise, times, self.corrections).sample.values
         values.update({n: Value(found[n].theta[::times], found[n].plates) for b in component.blocks for n in b.latents})
 
     def _accumulate_draws(self, block: Block, particles: int, times: int, found: Candidates) -> None:
         """Account for weighted candidates: mean and variance over each root point's own."""
-        log_weight = found.log_weight.get(block.name)
+        share = found.log_share(block.name).exp()
         for latent in block.latents:
             event = self.guide.graph.links[latent].event_shape
             theta = found.sample.values[latent].theta.reshape(particles, times, -1, *event)
-            weight = theta.new_full(theta.shape[:3], 1.0 / times) if log_weight is None else torch.softmax(log_weight, 1)
-            weight = weight.reshape(*weight.shape, *([1] * len(event)))
+            weight = share.reshape(*share.shape, *([1] * len(event)))
             mean = (weight * theta).sum(1)
             self._accumulate(latent, particles, mean, (weight * (theta - mean[:, None]) ** 2).sum(1))
 

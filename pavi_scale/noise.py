@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from pavi_scale.device import PROCESSOR, to_default
 from pavi_scale.guide.blocks import Block
 from pavi_scale.rng import stream
 
+MOST_QUASI = 64  # coordinates of a unit up to which quasi-random sequences are better than normals
+
 
 def generator_noise(seed: int, dtype: torch.dtype) -> Any:
     """Independent normals for every particle."""
@@ -21,11 +24,24 @@ def generator_noise(seed: int, dtype: torch.dtype) -> Any:
     return lambda block, shape: to_default(torch.randn(shape, generator=generator, dtype=dtype, device=PROCESSOR))
 
 
-def shared_noise(seed: int, dtype: torch.dtype) -> Any:
-    """The same normals whenever they are asked for: differences between root points keep less noise."""
+def shared_noise(seed: int, dtype: torch.dtype, alone: Collection[str] = ()) -> Any:
+    """The same normals whenever they are asked for: differences between root points keep less noise.
+
+    Args:
+        seed: Seed.
+        dtype: Of the normals.
+        alone: Blocks whose units are averaged over one by one: each has a quasi-random sequence, shifted at random (Cranley & Patterson 1976), whose means
+            vary less than those of independent normals. Between units they are uncorrelated, but not independent.
+    """
     def noise(block: Block, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator().manual_seed(stream(seed, block.name) % 2**63)
-        return to_default(torch.randn(shape, generator=generator, dtype=dtype, device=PROCESSOR))
+        key = stream(seed, block.name)
+        generator, each = torch.Generator().manual_seed(key % 2**63), math.prod(shape[2:])
+        if block.name not in alone or each > MOST_QUASI or shape[0] < 2:
+            return to_default(torch.randn(shape, generator=generator, dtype=dtype, device=PROCESSOR))
+        shift = torch.rand(shape[1], each, generator=generator, dtype=torch.float64, device=PROCESSOR)
+        points = torch.from_numpy(quasi_random(key, shape[0], each))[:, None]
+        uniforms = ((points.to(PROCESSOR) + shift) % 1.0).clamp(1e-12, 1 - 1e-12)
+        return to_default(torch.special.ndtri(uniforms).to(dtype).reshape(shape))
 
     return noise
 

@@ -14,8 +14,11 @@ from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.labels import Labels, Parents
 from pavi_scale.guide.local import candidates, draw, fit_core
-from pavi_scale.guide.mode import Noise
+from pavi_scale.guide.mode import Noise, per_unit
 from pavi_scale.reduced import Reduced, Value
+
+GROUP = 8  # candidates of a group by which its coarser blocks are judged
+TOGETHER = 16  # such groups computed at once
 
 
 def local_ratios(
@@ -24,6 +27,7 @@ def local_ratios(
 ) -> dict[str, Tensor]:
     """log p - log q of draws of each finest block's units at one root point, `[samples, n]`, by block; of labelled leaves up to a constant of the unit.
 
+    Coarser blocks' ratios are those of all that lies below with them (`Candidates.log_group`), where they are picked among candidates.
     Linear-Gaussian components are left out: their ratios are constant.
 
     Args:
@@ -50,5 +54,10 @@ def local_ratios(
             core = fit_core(local, differentiable=False)
             values.update(draw(core, noise, corrections).values)
             if component.finest and leaf in wanted:
-                out.update({name: ratio[0] for name, ratio in candidates(core, noise, samples, corrections).log_weight.items()})
+                out.update({name: ratio[0, 0] for name, ratio in candidates(core, noise, samples, corrections).log_weight.items()})
+                if component.joint:
+                    calls = [candidates(core, noise, GROUP * TOGETHER, corrections, TOGETHER).log_group for _ in range(-(-samples // TOGETHER))]
+                    groups = torch.cat(calls, 1)[0, :samples]
+                    coarser = [b for b in component.blocks if b.name not in component.finest]
+                    out.update({b.name: per_unit(local, b.name, groups).expand(-1, local.units(b)) for b in coarser})
     return out

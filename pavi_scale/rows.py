@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pavi_scale.batching import most_units, shards
+from pavi_scale.batching import most_units, shards, spread_out
 from pavi_scale.diagnosing import LOST
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import lies_below
@@ -52,7 +52,6 @@ LEAST_PIECES = 4  # of a round
 POWERS = 4  # rounds that look for lost couplings
 LOOKED = 16  # share of the cohort that they look at first, at most
 LOST_ROUND = 1_000_000
-ROWS = 16  # rows of chunks that are open at the same time
 CELLS = 256  # runs of neighbouring units that selections are made of
 PRIOR_STARTS = 3
 CENTRED_STARTS = 3  # where the data show centres, the best of them are few
@@ -64,25 +63,6 @@ BARE, BARE_ROUND, BARE_UNITS = 30, 500, 4_000  # rounds before rows move, at mos
 NARROW = 0.05  # share of the sd at which a start is looked at
 
 Checkpoint = Callable[[dict[str, np.ndarray], int], None]
-
-
-def spread_out(count: int, length: int, chunk: int, key: int) -> np.ndarray:
-    """An order of units that selections begin with: runs of at most `length` neighbours, which lie in one row of chunks each.
-
-    At random over `ROWS` rows until these are used up, then over the next: what is read of a row is decoded whole, and a selection of many
-    runs should not touch all rows.
-    """
-    rng = np.random.default_rng(key % 2**63)
-    each = -(-chunk // length)
-    edges = np.linspace(0, chunk, each + 1).astype(np.int64)
-    rows = rng.permutation(-(-count // chunk))
-    found: list[np.ndarray] = []
-    for start in range(0, len(rows), ROWS):
-        some = rows[start : start + ROWS]
-        parts = np.stack([rng.permutation(each) for _ in some])
-        for turn in range(each):  # one run of each row, then a second one
-            found += [np.arange(r * chunk + edges[p], min(r * chunk + edges[p + 1], count)) for r, p in rng.permutation(np.stack([some, parts[:, turn]], 1))]
-    return np.concatenate(found)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
 from pavi_scale.server.answer import settle_threads
 from pavi_scale.settings import precision
+from pavi_scale.weighing import groups_of
 
 
 def needed(components: Sequence[Component], computation: StudyComputation, names: Sequence[str]) -> list[Component]:
@@ -137,7 +138,8 @@ class GuideSampler:
                     continue
                 core = fit_core(local, differentiable=False)
                 if component.resampled:
-                    tried = candidates(core, noise, min(component.candidates, study.draws_per_unit(self.state)), corrections)
+                    most = min(component.candidates, study.draws_per_unit(self.state))
+                    tried = candidates(core, noise, most, corrections, groups_of(self.state))
                     values.update(resample(core, tried, self._uniforms(selection, component, part)))
                 else:
                     values.update(draw(core, noise, corrections).values)

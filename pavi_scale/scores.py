@@ -23,9 +23,9 @@ from torch import Tensor
 from pavi_scale.device import doubles
 from pavi_scale.guide.blocks import Block, Component, labelled
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.guide import Guide, weights
+from pavi_scale.guide.guide import Guide
 from pavi_scale.guide.labels import LabelledCore
-from pavi_scale.guide.local import fit_core
+from pavi_scale.guide.local import fit_core, weights
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.plates import Layout, Selection
 from pavi_scale.reduced import Reduced, Value

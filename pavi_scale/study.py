@@ -13,7 +13,20 @@ import numpy as np
 from pavi_scale.batching import most_units, split_plate
 from pavi_scale.cohort import Cohort, Origin, open_cohort
 from pavi_scale.errors import InputError, PlanRefused
-from pavi_scale.guide.blocks import DENSE_LIMIT, DENSE_NEWTON_LIMIT, Block, choose_free, coordinates, dense_rest, make_blocks, make_components
+from pavi_scale.guide.blocks import (
+    DENSE_LIMIT,
+    DENSE_NEWTON_LIMIT,
+    JOINT,
+    Block,
+    Component,
+    choose_free,
+    coordinates,
+    dense_rest,
+    largest,
+    law_units,
+    make_blocks,
+    make_components,
+)  # fmt: skip
 from pavi_scale.guide.correction import below
 from pavi_scale.guide.guide import Guide
 from pavi_scale.later import Later
@@ -31,9 +44,10 @@ if TYPE_CHECKING:
 else:  # what computes a study is not needed to plan it
     recipe = Later("pavi_scale.spec")
 
-CANDIDATES = (16, 128)  # fewest and most draws of a unit among which one is picked by importance weight
+CANDIDATES = (16, 512)  # fewest and most draws of a unit among which one is picked by importance weight
 CANDIDATE_BUDGET = 100_000  # candidates x coordinates aimed at
 RESAMPLE_LIMIT = 2_000_000
+JOINT_VALUES = 1 << 20  # ground units of a law, times candidates, where candidates are of several blocks
 LOOKED_AT = 1_000_000  # values of a variable that are compared with the support of its law
 MOST_LANES = 8  # threads that compute in one process: beyond, they wait for the interpreter
 LEARNED = ("free", "encoder", "hybrid")
@@ -98,6 +112,18 @@ def schemes_of(encoding: Encoding, blocks: list[Block], plates: Mapping[str, obj
     return {b.name: table.get(frozenset(b.plates), "auto") for b in blocks}
 
 
+def candidates_of(graph: Graph, component: Component, cardinality: Mapping[str, int]) -> int:
+    """Most candidates of a draw of a component that is not Gaussian: each costs an evaluation of its laws, past a few million coordinates too much."""
+    count = max(coordinates(component, cardinality), 1)
+    if count > RESAMPLE_LIMIT:
+        return 0
+    most = CANDIDATE_BUDGET // count
+    if len(component.blocks) > 1:  # groups of them, which pick coarser blocks, too
+        most = min(2 * most, JOINT_VALUES // law_units(graph, component, cardinality))
+    found = int(np.clip(most, *CANDIDATES))
+    return found if component.tree or found >= JOINT else 0
+
+
 def prepare(
     cohort: Cohort, *, encoding: Encoding = "auto", memory: str | int = "4 GiB", processes: int = 1, lanes: int = 1, threads: int = 1, seed: int = 0
 ) -> Study:
@@ -132,10 +158,10 @@ def prepare(
         free = choose_free(graph, cardinality, DENSE_NEWTON_LIMIT, most)
         structure = look(graph, cohort, free, seed)
     for component in make_components(graph, make_blocks(graph, free)):
-        # Candidates cost as many evaluations of the laws; past a few million coordinates only the Gaussian core is used.
-        worth = component.tree and not structure[component.name]["quadratic"] and coordinates(component, cardinality) <= RESAMPLE_LIMIT and not free
-        count = coordinates(component, cardinality)
-        structure[component.name]["candidates"] = int(np.clip(CANDIDATE_BUDGET // max(count, 1), *CANDIDATES)) if worth else 0
+        known = structure[component.name]
+        if not component.tree:
+            known["head"] = largest(component, cardinality, bool(known["elementwise"]))
+        known["candidates"] = 0 if free or known["quadratic"] else candidates_of(graph, component, cardinality)
     guide = Guide(graph, free, structure)
     path = "float32" if free else "float64"
     split = split_plate(graph.model, cohort.layout, guide.components)

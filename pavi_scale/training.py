@@ -19,13 +19,15 @@ import torch
 from scipy.special import ndtri
 
 from pavi_scale.batching import batches, shards, splittable
-from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
-from pavi_scale.diagnosing import EFFECTIVE
+from pavi_scale.computation import StudyComputation
+from pavi_scale.diagnosing import EFFICIENT, LIMIT
 from pavi_scale.errors import NumericalError
 from pavi_scale.guide.blocks import coordinates, dense_rest
+from pavi_scale.guide.exploring import rivals
 from pavi_scale.guide.student import StudentT
 from pavi_scale.guide.terms import absorbable
 from pavi_scale.marginal import Pool, ascend, find_mode, near_order, nearest, other_modes, polish, refit, whitening
+from pavi_scale.moments import MOST_CANDIDATES
 from pavi_scale.noise import quasi_random
 from pavi_scale.nonfinite import Skips, shards_without, where_from
 from pavi_scale.numbering import exchangeable, one_numbering, renumbered
@@ -37,6 +39,7 @@ from pavi_scale.server.protocol import Engine
 from pavi_scale.server.window import Order, lagged
 from pavi_scale.settings import precision
 from pavi_scale.starts import highest, start_points
+from pavi_scale.weighing import EFFECTIVE, FEW_CANDIDATES, Weighed, weighed
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
 POOL = 2048
@@ -58,9 +61,9 @@ ENOUGH = 100  # effective points of a refit about a mode that was reached, at wh
 ASCENTS = 8  # gradients of the whole that a mode may take
 WORTH_SHARING = 2e-3  # modelled seconds of one point above which a round is divided at all
 LEAST_SHARDS = 4
+REFIT_POINTS = 1000  # that a refit needs, so that candidates above `MOST_CANDIDATES` must leave time for them
 MISSED = 0.25  # share of a unit's posterior in modes that the guide does not follow, above which it counts as multimodal
 MANY = 0.1  # share of such units that makes the fit so
-FAINT = 12.0  # nats of mass below its unit's best at which a local mode is forgotten
 REMEMBERED = 1_000_000  # local coordinates up to which modes are kept as starts
 
 
@@ -203,7 +206,8 @@ class Trainer:
             )
         except NumericalError as error:
             raise self.nowhere_finite(mode) from error
-        return self._fitted(pool.points, pool.weight, pool.gaussian, pool.ess > 400 or (converged and pool.ess > ENOUGH), pool.khat)
+        far = pool.khat > LIMIT and pool.ess < EFFICIENT * len(pool.weight)  # then the fit is unreliable, however long one goes on
+        return self._fitted(pool.points, pool.weight, pool.gaussian, far or pool.ess > 400 or (converged and pool.ess > ENOUGH), pool.khat)
 
     def _search(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Mode of L and covariance there: found on a sample where the cohort is large, and carried to the whole by a few gradients."""
@@ -249,7 +253,7 @@ class Trainer:
         if key not in self.explored:
             answers, tables = self.engine.round("starts", {"points": point[None]}, self.tasks()), {}
             for component in remembered:
-                modes = min(max(_rivals(a[f"odds/{component.name}"]) for a in answers if f"odds/{component.name}" in a), REMEMBERED // total)
+                modes = min(max(rivals(a[f"odds/{component.name}"]) for a in answers if f"odds/{component.name}" in a), REMEMBERED // total)
                 for block in component.blocks:
                     table = np.zeros((math.prod(layout.cardinality[p] for p in block.plates), modes, 1 + block.dim))
                     for answer in answers:
@@ -313,23 +317,26 @@ class Trainer:
         """Train the corrections of resampled blocks where asked for, or where too few candidates would carry the weight."""
         if not self.study.guide.candidates:
             return
-        share = self._efficiency(points[:1])
-        self.tell("efficiency", share)
-        enough = int(np.clip(math.ceil(EFFECTIVE / max(share, 1e-9)), FEW_CANDIDATES, self.study.guide.candidates))
-        self.state["draws"] = np.asarray(enough)
-        close = share * enough >= EFFECTIVE
+        found = self._efficiency(points[:1])
+        self.tell("efficiency", found.share)
+        enough, groups = found.numbers(FEW_CANDIDATES, min(self.study.guide.candidates, self._affordable()))
+        self.state.update(draws=np.asarray(enough), groups=np.asarray(groups))
+        close = found.share * enough >= EFFECTIVE
         if trained or not close:
             self._correct(points, 100 if close else 300)
 
-    def _efficiency(self, point: np.ndarray) -> float:
-        """Relative effective sample size of the candidates' weights, the lowest tenth of the first shards' units."""
-        answers = self.engine.round("ratios", {**self.state, "points": point}, [{**t, "samples": 64, "seed": self.seed} for t in self.tasks()[:LEAST_SHARDS]])
-        shares = [np.ones(1)]
-        for key, ratio in (item for answer in answers for item in answer.items()):
-            if key.startswith("ratio/"):
-                w = np.exp(ratio - ratio.max(0))
-                shares.append(w.sum(0) ** 2 / (w**2).sum(0) / len(w))
-        return float(np.nan_to_num(np.quantile(np.concatenate(shares[1:] or shares), 0.1)))
+    def _affordable(self) -> int:
+        """Candidates that leave a refit the points that it needs."""
+        least = self.cost(weighted=False)
+        self.state["draws"] = np.asarray(1)
+        each = self.cost(weighted=True) - least
+        return max(MOST_CANDIDATES, int((REFIT_SECONDS / REFIT_POINTS - least) / max(each, 1e-12)))
+
+    def _efficiency(self, point: np.ndarray) -> Weighed:
+        """What weights of the candidates of the first shards' units say."""
+        tasks, finest = self.tasks(), self.study.guide.finest
+        asked = [{**t, "samples": 64, "seed": self.seed} for t in tasks[:LEAST_SHARDS]]
+        return weighed(self.engine.round("ratios", {**self.state, "points": point}, asked), finest, len(tasks) / len(asked))
 
     def _correct(self, points: np.ndarray, steps: int) -> None:
         study = self.study
@@ -388,11 +395,6 @@ class Trainer:
         weight = {p: -(-layout.cardinality[p] // cells[p]) / max(1, size // cells[p]) for p, size in sizes.items()}
         for chosen in batches(layout, sizes, self.seed, cells):
             yield chosen, weight
-
-
-def _rivals(odds: np.ndarray) -> int:
-    """How many modes are worth remembering, of log masses `[n, S]` less that of the first: those that hold something in some unit."""
-    return int((odds.max(0, initial=-math.inf) > -FAINT).sum())
 
 
 __all__ = ["Fitted", "Pool", "Trainer"]

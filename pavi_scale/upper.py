@@ -17,9 +17,8 @@ from pavi_scale.computation import StudyComputation
 from pavi_scale.guide.alike import Alike, alike
 from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import LocalModel
-from pavi_scale.guide.guide import weights
 from pavi_scale.guide.joined import with_roots
-from pavi_scale.guide.local import Core, fit_core
+from pavi_scale.guide.local import Core, fit_core, weights
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.moments import conditional_moments
 from pavi_scale.plates import ancestors

@@ -13,11 +13,12 @@ from torch.distributions import Bernoulli, HalfNormal, Normal, Poisson
 
 import pavi_scale as ps
 from pavi_scale import miniature, rows, searching, study, upper
+from pavi_scale.batching import ROWS, spread_out
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import status_of
 from pavi_scale.errors import InputError, NumericalError, RunError
-from pavi_scale.rows import ROWS, Rows, spread_out
+from pavi_scale.rows import Rows
 from pavi_scale.run import Run
 from pavi_scale.scores import summed
 from pavi_scale.server.local import LocalEngine

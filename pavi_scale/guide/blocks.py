@@ -17,6 +17,7 @@ from pavi_scale.plates import Plate, ancestors
 
 DENSE_LIMIT = 1500  # unconstrained coordinates of a crossed component, but for its largest block, that are solved densely: ~1 GFLOP a factorisation
 DENSE_UNITS = 16  # numbers of a dense factor whose working memory is that of one ground unit of a law of few coordinates, at least
+JOINT = 32  # candidates of a component below which its coarser blocks are drawn once for all
 COLUMN_NUMBERS, MOST_COLUMNS = 4, 64  # numbers of a unit for each column of its Hessian, and how many of those are held at once
 DENSE_NEWTON_LIMIT = 500  # the same where the laws are not Gaussian and it takes many factorisations to find the mode
 
@@ -68,6 +69,7 @@ class Component:
         elementwise: Whether coordinates of different event index are independent: C = event size, e = latents per block.
         candidates: Draws per unit of its finest blocks among which one is picked by importance weight; 0 for none.
         rough: Laws with kinks, whose second derivative is zero where it exists.
+        head: The block of a crossed component that is eliminated unit by unit; empty where it is not told.
         uniform: Laws whose second derivatives are the same for all units and points, given the root: had from one unit.
         quadratic: Whether its log joint is quadratic in its coordinates (linear-Gaussian laws): its Gaussian is then exact.
     """
@@ -81,6 +83,7 @@ class Component:
     candidates: int = 0
     rough: tuple[str, ...] = ()
     uniform: tuple[str, ...] = ()
+    head: str = ""
 
     @property
     def name(self) -> str:
@@ -89,9 +92,11 @@ class Component:
 
     @property
     def finest(self) -> tuple[str, ...]:
-        """Blocks of a tree that is not Gaussian below which there is no other: given their parents, their units are independent."""
-        if self.quadratic or not self.tree:
+        """Blocks of a component that is not Gaussian whose units are independent given the other blocks: those of a tree below which there is no other."""
+        if self.quadratic:
             return ()
+        if not self.tree:
+            return (self.head,) if self.head else ()
         above = {name for names in self.couplings.values() for name in names}
         return tuple(b.name for b in self.blocks if b.name not in above)
 
@@ -106,9 +111,9 @@ class Component:
         return not self.quadratic and not self.rough and not any(b.free for b in self.blocks)
 
     @property
-    def weighted(self) -> bool:
-        """Whether its marginal is estimated by importance weights: a single block that is not Gaussian."""
-        return len(self.blocks) == 1 and bool(self.resampled)
+    def joint(self) -> bool:
+        """Whether its coarser blocks are picked among candidates, too, by the weights of all that lies below."""
+        return len(self.blocks) > 1 and bool(self.resampled) and self.candidates >= JOINT
 
     def shape(self, block: Block) -> tuple[int, int]:
         """(C, e): independent copies of a unit's coordinates, and coordinates in each."""
@@ -235,6 +240,14 @@ def dense_units(components: Iterable[Component], cardinality: Mapping[str, int])
     """
     found = [(dense_rest(c, cardinality), 1 if c.elementwise else sum(b.dim for b in c.blocks)) for c in components]
     return max((copies * t * t // max(DENSE_UNITS, COLUMN_NUMBERS * min(columns, MOST_COLUMNS)) for (copies, t), columns in found), default=0)
+
+
+def largest(component: Component, cardinality: Mapping[str, int], elementwise: bool) -> str:
+    """The block of a crossed component with most coordinates: the one that is eliminated (`fronts.make_pattern`)."""
+    def size(block: Block) -> int:
+        return (len(block.sizes) if elementwise else block.dim) * math.prod(cardinality[p] for p in block.plates)
+
+    return max(component.blocks, key=size).name
 
 
 def law_units(graph: Graph, component: Component, cardinality: Mapping[str, int]) -> int:

@@ -100,7 +100,7 @@ class Corrections(nn.Module):
     def __init__(self, components: list[Component], schemes: Mapping[str, str], seen: Mapping[str, str], reduced: Reduced) -> None:
         super().__init__()
         self.schemes = dict(schemes)
-        blocks = {b.name: (c, b) for c in components for b in c.blocks if b.name in schemes and b.name in c.resampled}
+        blocks = {b.name: (c, b) for c in components for b in c.blocks if b.name in schemes and b.name in c.resampled and c.tree}
         self.parts = nn.ModuleDict()
         for name, (component, block) in blocks.items():
             inputs = observations(reduced, block, seen[name])[0].shape[1] if name in seen else 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ APART = 5.0  # conditional sds between two modes
 MODES = 6  # that are told of each unit, at most
 FEW_ROWS = 3  # exchangeable rows up to which every renumbering is tried; of more, exchanges of two
 MOST_EXCHANGES = 15  # of two rows; of more rows than that allows none is tried
+FAINT = 12.0  # nats of mass below its unit's best at which a local mode is forgotten
 SAME = 1e-9  # relative change of the data's log-density that renumbering may cause where rows are exchangeable
 
 
@@ -180,3 +182,8 @@ def _picked(local: LocalModel, z: Coordinates, at: Tensor) -> Coordinates:
 def _times(local: LocalModel, count: int) -> LocalModel:
     """The component at its one root point, for several particles."""
     return local.select(torch.zeros(count, dtype=torch.long))
+
+
+def rivals(odds: np.ndarray) -> int:
+    """How many modes are worth remembering, of log masses `[n, S]` less that of the first: those that hold something in some unit."""
+    return int((odds.max(0, initial=-np.inf) > -FAINT).sum())

@@ -12,7 +12,7 @@ from torch import Tensor
 from pavi_scale.guide.blocks import Component, Factor, lies_below, make_blocks, make_components
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.gaussian import Tree
-from pavi_scale.guide.local import Core, Correction, component_bound, fit_core, shared_bound
+from pavi_scale.guide.local import Correction, component_bound, fit_core, shared_bound, weights
 from pavi_scale.guide.mode import Noise
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Reduced, Value
@@ -42,6 +42,11 @@ class Guide:
         return max((c.candidates for c in self.components if c.resampled), default=0)
 
     @property
+    def finest(self) -> set[str]:
+        """Blocks whose units are independent given the others."""
+        return {b for c in self.components for b in c.finest}
+
+    @property
     def exact(self) -> bool:
         """Whether every local conditional is Gaussian, so that local bounds are exact."""
         return all(c.quadratic for c in self.components)
@@ -53,12 +58,12 @@ class Guide:
     def local_bound(
         self, reduced: Reduced, root: Mapping[str, Value], particles: int, *, split: str | None = None, first: bool = True,
         differentiable: bool = False, bound: bool = False, samples: int = 0, noise: Noise | None = None, corrections: Mapping[str, Correction] | None = None,
-        together: int = 0,
+        together: int = 0, groups: int = 1,
     ) -> Tensor:
         """sum_n L_n(root) over the shard, `[K]`.
 
-        Quadratic components give their exact log marginal. Others give the Laplace value; those of a single block the importance-weighted bound
-        log 1/M sum_m p/q per unit if `samples` = M is not zero. With `bound`, those too are drawn and judged by their laws (of a quadratic
+        Quadratic components give their exact log marginal. Others give the Laplace value; if `samples` = M is not zero, the importance-weighted one,
+        log 1/M sum_m p/q per unit, of several blocks that of `groups` > 1. With `bound`, those too are drawn and judged by their laws (of a quadratic
         component every draw has the same log p - log q: its log marginal).
         """
         total = torch.zeros(particles, dtype=reduced.dtype)
@@ -71,22 +76,14 @@ class Guide:
                 continue
             local = LocalModel(component, reduced, root, {}, particles)
             core = fit_core(local, differentiable=differentiable)
-            honest = (bound and not component.quadratic) or (component.weighted and samples)
+            honest = (bound and not component.quadratic) or (samples and component.resampled and (groups > 1 or not component.joint))
             if noise is None or not honest:
                 total = total + core.log_marginal(weights(core))
             elif together:
-                total = total + shared_bound(core, noise, samples if component.resampled else 1, corrections, together)
+                total = total + shared_bound(core, noise, samples if component.resampled else 1, corrections, together, groups)
             else:
-                total = total + component_bound(core, noise, samples if component.resampled else 1, corrections)
+                total = total + component_bound(core, noise, samples if component.resampled else 1, corrections, groups)
         return total
-
-
-def weights(core: Core) -> Tensor:
-    """Weight of each unit of the top block, `[n_top]`; one where there is no top block."""
-    local = core.local
-    if local.top is None:
-        return torch.ones(1, dtype=local.reduced.dtype)
-    return local.reduced.weights(local.top.plates).flatten()
 
 
 def probe(graph: Graph, free: frozenset[frozenset[str]], reduced: Reduced, draws: list[dict[str, Value]]) -> dict[str, dict[str, Any]]:

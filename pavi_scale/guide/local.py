@@ -14,7 +14,7 @@ from pavi_scale.guide.blocks import Block
 from pavi_scale.guide.curvature import Coordinates, Expansion, LocalModel
 from pavi_scale.guide.gaussian import Tree, back, forward, log_det
 from pavi_scale.guide.kept import costly, settle
-from pavi_scale.guide.mode import Noise, find_mode, nearer
+from pavi_scale.guide.mode import Noise, find_mode, nearer, per_unit
 from pavi_scale.reduced import Value
 
 Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (noise, context) -> (corrected noise, log |d corrected / d noise|)
@@ -65,6 +65,14 @@ class Core:
             yield Core(self.local.select(at), {b: t[at] for b, t in self.mode.items()}, replace(self.expansion, gaussian=few))
 
 
+def weights(core: Core) -> Tensor:
+    """Weight of each unit of the top block, `[n_top]`; one where there is no top block."""
+    local = core.local
+    if local.top is None:
+        return torch.ones(1, dtype=local.reduced.dtype)
+    return local.reduced.weights(local.top.plates).flatten()
+
+
 def fit_core(local: LocalModel, *, differentiable: bool) -> Core:
     """Mode and curvature of a component.
 
@@ -104,128 +112,175 @@ class Sample:
     values: dict[str, Value] = field(default_factory=dict)
 
 
-def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None = None) -> Sample:
+def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None = None, each: int = 1) -> Sample:
     """Sample the component, coarse blocks first.
 
     Args:
         core: The Gaussian core.
         noise: Standard normals by block.
         corrections: Block -> learned map of its noise; the identity where absent.
+        each: Neighbouring particles that are candidates of one draw: a part of them has heavy tails (`widen`).
     """
     local, gaussian = core.local, core.expansion.gaussian
     corrections = corrections or {}
-    z: Coordinates = {}
+    white: Coordinates = {}
     log_q: dict[str, Tensor] = {}
-    shapes = {b.name: tuple(core.mode[b.name].shape) for b in local.component.blocks}
+    for block in local.component.blocks:
+        u = noise(block, tuple(core.mode[block.name].shape))
+        widened = block.name in local.component.resampled
+        white[block.name], log_q[block.name] = widen(u, each) if widened else (u, _standard(u))
     if isinstance(gaussian, Arrow):
-        white = {b.name: noise(b, shapes[b.name]) for b in local.component.blocks}
         z = gaussian.colour(white, core.mode)
-        log_q = {b: _standard(white[b]) + share for b, share in gaussian.log_dets().items()}
-    else:
-        for block in local.component.blocks:
-            b = block.name
-            u = noise(block, shapes[b])
-            log_q[b] = _standard(u)
-            if b in local.component.resampled:
-                u, log_jacobian = widen(u)
-                log_q[b] = log_q[b] - log_jacobian
-            if b in corrections:
-                u, log_jacobian = corrections[b](u, context(core, gaussian, b))
-                log_q[b] = log_q[b] - log_jacobian
-            loc = gaussian.conditional(b, core.mode, z)
-            z[b] = loc + back(gaussian.factor[b], u)
-            log_q[b] = log_q[b] + log_det(gaussian.factor[b])
+        log_q = {b: log_q[b] + share for b, share in gaussian.log_dets().items()}
+        return Sample(z, log_q, local.values(z))
+    z = {}
+    for block in local.component.blocks:
+        b, u = block.name, white[block.name]
+        if b in corrections:
+            u, log_jacobian = corrections[b](u, context(core, gaussian, b))
+            log_q[b] = log_q[b] - log_jacobian
+        z[b] = gaussian.conditional(b, core.mode, z) + back(gaussian.factor[b], u)
+        log_q[b] = log_q[b] + log_det(gaussian.factor[b])
     return Sample(z, log_q, local.values(z))
 
 
-TAIL = 1.25
+TAIL, HEAVY_TAIL = 1.25, 2.0
+HEAVY = 4  # one of so many candidates has heavy tails
 
 
-def widen(u: Tensor) -> tuple[Tensor, Tensor]:
-    """sinh(delta asinh u) / delta with delta = 1.25, and its log-Jacobian per unit: the normal core, with tails that importance weights can rely on.
+def widen(u: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """Candidates `[K, n, C, e]` in the core's whitened coordinates from standard normals, and their log-density per unit, `[K, n]`.
 
-    (Sinh-arcsinh transformation, Jones & Pewsey 2009; the identity near zero.)
+    x = sinh(delta asinh u) / delta (sinh-arcsinh transformation, Jones & Pewsey 2009; the identity near zero). delta = 1.25 is nearly the normal core. Of each
+    draw's candidates the last quarter has delta = 2, whose tails are exponential as those of a logarithm or logit of which the data say little are; the
+    density is that of the mixture (deterministic mixture weights, Owen & Zhou 2000), so that a core that is right loses little by it.
+
+    Args:
+        u: Standard normals.
+        each: Neighbouring particles that are candidates of one draw.
     """
-    inner = TAIL * torch.asinh(u)
-    log_slope = torch.log(torch.cosh(inner)) - 0.5 * torch.log1p(u * u)
-    return torch.sinh(inner) / TAIL, log_slope.sum((-1, -2))
+    share = each // HEAVY / each
+    if not share:
+        x = _tailed(u, TAIL)
+        return x, _log_tailed(x, TAIL)
+    heavy = torch.arange(len(u)) % each >= each - each // HEAVY
+    x = torch.where(heavy[:, None, None, None], _tailed(u, HEAVY_TAIL), _tailed(u, TAIL))
+    return x, torch.logaddexp(_log_tailed(x, TAIL) + math.log1p(-share), _log_tailed(x, HEAVY_TAIL) + math.log(share))
+
+
+def _tailed(u: Tensor, delta: float) -> Tensor:
+    return torch.sinh(delta * torch.asinh(u)) / delta
+
+
+def _log_tailed(x: Tensor, delta: float) -> Tensor:
+    """Log-density of `_tailed` normals, summed over a unit's coordinates."""
+    u = torch.sinh(torch.asinh(delta * x) / delta)
+    return _standard(u) - 0.5 * (torch.log1p((delta * x) ** 2) - torch.log1p(u * u)).sum((-1, -2))
 
 
 @dataclass
 class Candidates:
-    """M draws of a component for each particle, neighbours together, with log weights of the resampled blocks' units.
+    """M draws of a component for each particle, neighbours together, in G groups that share their coarser blocks.
 
     Args:
+        core: The component's core, at the K particles.
         sample: The draws, `[K M, ...]`.
-        log_weight: Block -> log p - log q per unit given its parents, `[K, M, n]`.
+        log_weight: Resampled block -> log p - log q per unit given its parents, `[K, G, M / G, n]`.
+        log_group: Log p - log q of each group's coarser blocks, finer ones integrated out by their weights, `[K, G, n_top]`: of blocks without coarser ones
+            their log evidence.
     """
 
+    core: Core
     sample: Sample
     log_weight: dict[str, Tensor]
+    log_group: Tensor
+
+    def log_share(self, block: str) -> Tensor:
+        """Log weight of each candidate of a block's units, `[K, M, n]` (n may be 1), sum 1 over candidates."""
+        k, groups, _ = self.log_group.shape
+        each = len(self.sample.z[block]) // (k * groups)
+        group = per_unit(self.core.local, block, torch.log_softmax(self.log_group, 1).flatten(0, 1)).unflatten(0, (k, groups))
+        own = torch.log_softmax(self.log_weight[block], 2) if block in self.log_weight else torch.full((1, 1, each, 1), -math.log(each))
+        return (group[:, :, None] + own).flatten(1, 2)
+
+    def log_marginal(self, *, corrected: bool) -> Tensor:
+        """Log of the mean weight, `[K]`, weighted over the units of the top block: a lower bound in expectation.
+
+        Args:
+            corrected: Whether its bias is made up for to first order: var(w) / (2 G mean(w)^2) (delta method; Nowozin 2018), so that it is no bound.
+        """
+        over = self.log_group
+        if over.shape[1] == 1 and len(self.log_weight) == 1 and len(self.core.local.component.blocks) == 1:
+            over = self.log_weight[self.core.local.component.blocks[0].name][:, 0]
+        units = torch.logsumexp(over, 1) - math.log(over.shape[1])
+        if corrected and over.shape[1] > 1:
+            units = units + 0.5 * (over.shape[1] * torch.softmax(over, 1).square().sum(1) - 1) / (over.shape[1] - 1)
+        return (units * weights(self.core)).sum(1)
 
 
-def candidates(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Candidates:
-    """Draw M candidates for each particle; coarser blocks are drawn once and held.
+def candidates(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None, groups: int = 1) -> Candidates:
+    """Draw candidates for each particle: coarser blocks once for each group, finest ones for each candidate.
 
-    A Gaussian conditional would give constant weights, so they tell how far the guide's conditional is from the model's.
+    A Gaussian conditional would give constant weights, so they tell how far the guide's conditional is from the model's. Weights of a group are unbiased
+    whatever the number of its candidates (random-weight importance sampling, Fearnhead et al. 2010).
+
+    Args:
+        core: The Gaussian core.
+        noise: Standard normals by block.
+        samples: Candidates of a draw.
+        corrections: As in `draw`.
+        groups: In how many groups, where there are coarser blocks.
     """
     component, k = core.local.component, core.local.particles
+    groups = min(groups, samples) if component.joint else 1
+    each = samples // groups
 
     def once(block: Block, shape: tuple[int, ...]) -> Tensor:
         if block.name in component.finest:
             return noise(block, shape)
-        return noise(block, (k, *shape[1:])).repeat_interleave(samples, 0)
+        return noise(block, (k * groups, *shape[1:])).repeat_interleave(each, 0)
 
-    many = core.repeat(samples)
+    many = core.repeat(groups * each)
     local, reduced = many.local, many.local.reduced
-    sample = draw(many, once, corrections)
+    sample = draw(many, once, corrections, each)
+    first = {n: Value(v.theta[::each], v.plates) for n, v in sample.values.items()}
     weight = {b: -sample.log_q[b] for b in component.finest}
+    group: Tensor | float = 0.0
     for factor in component.factors:
-        finest = factor.touches[-1][0]
-        if finest in weight:
-            v = reduced.graph.model.variables[factor.variable]
-            term = reduced.log_prob(v.name, sample.values).flatten(1)
-            index = reduced.unit_index(v.plates, local.blocks[finest].plates)
-            weight[finest] = weight[finest] + term if index is None else weight[finest].index_add(1, index, term)
-    for b in weight:
-        for latent in local.blocks[b].latents:
-            link = reduced.graph.links[latent]
-            base = local.split(local.blocks[b], latent, sample.z[b])
-            weight[b] = weight[b] + link.log_det(base, sample.values[latent].theta.reshape(*base.shape[:2], *link.event_shape))
-    return Candidates(sample, {b: w.reshape(k, samples, -1) for b, w in weight.items()})
-
-
-def component_bound(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None) -> Tensor:
-    """Evidence lower bound of one component given what it was given, weighted over its units, `[K]`.
-
-    E_q[log p - log q], with log 1/M sum_m p/q (Burda et al. 2016) in place of the last for each unit of a resampled block.
-    """
-    found = candidates(core, noise, max(1, samples), corrections)
-    local, reduced, k = core.local, core.local.reduced, core.local.particles
-    total = torch.zeros(k, dtype=reduced.dtype)
-    for b, log_weight in found.log_weight.items():
-        units = torch.logsumexp(log_weight, 1) - math.log(log_weight.shape[1])
-        total = total + (units * reduced.weights(local.blocks[b].plates).flatten()).sum(1)
-    step = max(1, samples)
-    values = {n: Value(v.theta[::step], v.plates) for n, v in found.sample.values.items()}
-    for factor in local.component.factors:
-        if factor.touches[-1][0] not in found.log_weight:
-            v = reduced.graph.model.variables[factor.variable]
-            total = total + (reduced.log_prob(v.name, values) * reduced.weights(v.plates)).flatten(1).sum(1)
-    for block in local.component.blocks:
-        if block.name in found.log_weight:
+        v = reduced.graph.model.variables[factor.variable]
+        owner = next((b for b, _ in reversed(factor.touches) if b in weight), None)
+        term = reduced.log_prob(v.name, sample.values if owner else first).flatten(1)
+        if owner is None:
+            group = group + local.to_top(term, v.plates)
             continue
-        weight = reduced.weights(block.plates).flatten()
-        total = total - (found.sample.log_q[block.name][::step] * weight).sum(1)
+        index = reduced.unit_index(v.plates, local.blocks[owner].plates)
+        weight[owner] = weight[owner] + term if index is None else weight[owner].index_add(1, index, term)
+    for block in component.blocks:
+        b, step = block.name, 1 if block.name in weight else each
+        own = weight[b] if b in weight else -sample.log_q[b][::step]
         for latent in block.latents:
             link = reduced.graph.links[latent]
-            base = local.split(block, latent, found.sample.z[block.name][::step])
-            total = total + (link.log_det(base, values[latent].theta.reshape(*base.shape[:2], *link.event_shape)) * weight).sum(1)
-    return total
+            base = local.split(block, latent, sample.z[b][::step])
+            own = own + link.log_det(base, sample.values[latent].theta[::step].reshape(*base.shape[:2], *link.event_shape))
+        if b in weight:
+            weight[b] = own = own.unflatten(0, (k, groups, each))
+            own = (torch.logsumexp(own, 2) - math.log(each)).flatten(0, 1)
+        group = group + local.to_top(own, block.plates)
+    return Candidates(core, sample, weight, torch.as_tensor(group).expand(k * groups, -1).unflatten(0, (k, groups)))
 
 
-def shared_bound(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None, size: int) -> Tensor:
-    """`component_bound` with the same normals for every particle (common random numbers), `size` particles at once."""
+def component_bound(
+    core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None = None, groups: int = 1, *, corrected: bool = False
+) -> Tensor:
+    """Evidence lower bound of one component given what it was given, weighted over its units, `[K]` (`Candidates.log_marginal`).
+
+    E_q[log p - log q], with log 1/M sum_m p/q (Burda et al. 2016) in place of the last for each unit of a resampled block, and of groups of them.
+    """
+    return candidates(core, noise, max(1, samples), corrections, groups).log_marginal(corrected=corrected)
+
+
+def shared_bound(core: Core, noise: Noise, samples: int, corrections: Mapping[str, Correction] | None, size: int, groups: int = 1) -> Tensor:
+    """`component_bound`, its bias made up for, with the same normals for every particle (common random numbers), `size` particles at once."""
     def common(block: Block, shape: tuple[int, ...]) -> Tensor:
         own = noise(block, (shape[0] // particles, *shape[1:]))
         return own.repeat(particles, *([1] * (len(shape) - 1)))
@@ -233,25 +288,33 @@ def shared_bound(core: Core, noise: Noise, samples: int, corrections: Mapping[st
     found = []
     for part in core.parts(size):
         particles = part.local.particles
-        found.append(component_bound(part, common, samples, corrections))
+        found.append(component_bound(part, common, samples, corrections, groups, corrected=True))
     return torch.cat(found)
 
 
 def resample(core: Core, found: Candidates, uniforms: Mapping[str, Tensor]) -> dict[str, Value]:
-    """One candidate per particle and unit, drawn by its weight; uniforms `[K, n]` by block."""
-    k, local = core.local.particles, core.local
+    """One candidate per particle and unit, drawn by its weight: a group for each unit of the top block, then one of the group; uniforms `[K, n]` by block."""
+    k, groups, _ = found.log_group.shape
+    local = core.local
+    top = _picked(torch.softmax(found.log_group, 1), uniforms[local.component.blocks[0].name]) if groups > 1 else torch.zeros(k, 1, dtype=torch.long)
     out = {}
     for block in local.component.blocks:
-        zb = found.sample.z[block.name]
-        grouped = zb.unflatten(0, (k, -1))
+        grouped = found.sample.z[block.name].unflatten(0, (k, groups, -1))
+        which = per_unit(local, block.name, top) if groups > 1 else top
+        rows = grouped.gather(1, which[:, None, None, :, None, None].expand(-1, 1, grouped.shape[2], *grouped.shape[3:]))[:, 0]
+        chosen = torch.zeros(k, 1, dtype=torch.long)
         if block.name in found.log_weight:
-            share = torch.softmax(found.log_weight[block.name], 1).cumsum(1)
-            pick = (share < uniforms[block.name][:, None, :] * share[:, -1:, :]).sum(1).clamp_max(grouped.shape[1] - 1)
-            chosen = grouped.gather(1, pick[:, None, :, None, None].expand(-1, 1, *grouped.shape[2:]))[:, 0]
-        else:
-            chosen = grouped[:, 0]
-        out[block.name] = chosen
+            weight = found.log_weight[block.name]
+            own = weight.gather(1, which[:, None, None, :].expand(-1, 1, *weight.shape[2:]))[:, 0]
+            chosen = _picked(torch.softmax(own, 1), uniforms[block.name])
+        out[block.name] = rows.gather(1, chosen[:, None, :, None, None].expand(-1, 1, *rows.shape[2:]))[:, 0]
     return {n: v for n, v in local.values(out).items() if n not in local.given}
+
+
+def _picked(weight: Tensor, uniforms: Tensor) -> Tensor:
+    """Positions along the second axis of weights `[K, M, n]`, drawn by them, `[K, n]`."""
+    share = weight.cumsum(1)
+    return (share < uniforms[:, None, : share.shape[2]] * share[:, -1:, :]).sum(1).clamp_max(share.shape[1] - 1)
 
 
 def log_density(core: Core, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
