@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
+from pavi_scale.ambient import precision
 from pavi_scale.batching import batches, shards, splittable
 from pavi_scale.computation import FEW_CANDIDATES, StudyComputation
 from pavi_scale.diagnosing import EFFECTIVE
@@ -35,7 +36,6 @@ from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.window import Order, lagged
-from pavi_scale.settings import precision
 from pavi_scale.starts import highest, start_points
 
 Report = Callable[[str, float, float], None]  # (stage, bound, share done)
@@ -138,7 +138,8 @@ class Trainer:
         tasks = self.tasks(**asked) if sample is None else [{**t, "seed": self.seed, **asked} for t in sample.tasks()]
         answers = self.engine.round("bound", state, tasks)
         z = torch.tensor(points, dtype=torch.float64, requires_grad=gradient)
-        prior = self.study.space.log_prior(z)
+        with precision(torch.float32):  # torch's own: whatever another thread computes in meanwhile
+            prior = self.study.space.log_prior(z)
         value = prior.detach().numpy() + sum(a["bound"] for a in answers)
         if not gradient:
             self.skips.saw(np.isfinite(value), partial(self.nowhere_finite, points[0]))
@@ -183,7 +184,8 @@ class Trainer:
             self.tell("bound", float(value[0]))
             self._improve(np.zeros((1, 0)), trained)
             return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0)
-        draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
+        with precision(torch.float32):
+            draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
         mode, cov, converged = self._search(draws)
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
