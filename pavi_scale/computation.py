@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pavi_scale.ahead import Ahead, key_of
+from pavi_scale.ambient import precision, seeded
 from pavi_scale.batching import Shard, closure, flat_positions, splittable
 from pavi_scale.cohort import Cohort, CohortSpec
 from pavi_scale.device import PROCESSOR, doubles, on
@@ -43,7 +44,7 @@ from pavi_scale.ratios import local_ratios
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.scores import gather
-from pavi_scale.settings import Settings, make_graph, precision
+from pavi_scale.settings import Settings, make_graph
 from pavi_scale.weighing import FEW_CANDIDATES, groups_of
 
 Arrays = Mapping[str, np.ndarray]
@@ -139,8 +140,7 @@ class StudyComputation:
 
     def fresh_corrections(self, reduced: Reduced, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Untrained corrections (the identity) as state, their inputs standardised on a reduced model; empty if no block can have one."""
-        with precision(self.dtype), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
+        with precision(self.dtype), seeded(seed % 2**63):
             made = Corrections(self.guide.components, self.settings.schemes, self.settings.seen, reduced).to(self.dtype)
             root = self.space.values(torch.tensor(points, dtype=self.dtype))
             for component in self.guide.components:

@@ -18,7 +18,9 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import torch
 
+from pavi_scale.ambient import precision
 from pavi_scale.batching import most_units, shards, spread_out
 from pavi_scale.diagnosing import LOST
 from pavi_scale.errors import NumericalError
@@ -106,7 +108,8 @@ class Rows:
     @cached_property
     def draws(self) -> np.ndarray:
         """Draws of the root's prior, `[256, R]`."""
-        return self.trainer.study.space.prior_draws(256, stream(self.trainer.seed, "prior") % 2**31) if self.prior is None else self.prior
+        with precision(torch.float32):
+            return self.trainer.study.space.prior_draws(256, stream(self.trainer.seed, "prior") % 2**31) if self.prior is None else self.prior
 
     @cached_property
     def upper(self) -> Upper:

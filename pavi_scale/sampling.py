@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pavi_scale import rng
+from pavi_scale.ambient import precision
 from pavi_scale.batching import closure, flat_positions, most_units, shards, splittable
 from pavi_scale.computation import Arrays, StudyComputation
 from pavi_scale.elbo import correctors, log_root
@@ -27,7 +28,6 @@ from pavi_scale.guide.local import candidates, draw, fit_core, resample
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
 from pavi_scale.server.answer import settle_threads
-from pavi_scale.settings import precision
 from pavi_scale.weighing import groups_of
 
 

@@ -1,16 +1,15 @@
-"""What the computation of a study is told: its settings, its precision, and the graph of the cohort's model."""
+"""What the computation of a study is told: its settings, and the graph of the cohort's model."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from pavi_scale.ambient import precision
 from pavi_scale.cohort import Cohort
 from pavi_scale.model.density import Graph
 from pavi_scale.model.supports import Support
@@ -41,50 +40,6 @@ class Settings:
     threads: int = 1
     cache_bytes: int = 1 << 30
     chunk: int = 1 << 18
-
-
-class _Precision:
-    """Who has asked for which default dtype: it is one for the process, so threads that want the same one share it, and others wait."""
-
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._inside = 0
-        self._before = torch.get_default_dtype()
-        self._mine = threading.local()
-
-    def enter(self, dtype: torch.dtype) -> torch.dtype:
-        """Set the default dtype; returns the one to restore in this thread."""
-        with self._free:
-            depth = getattr(self._mine, "depth", 0)
-            self._free.wait_for(lambda: depth > 0 or self._inside == 0 or torch.get_default_dtype() == dtype)
-            if self._inside == 0:
-                self._before = torch.get_default_dtype()
-            self._inside += 1
-            self._mine.depth = depth + 1
-            outer = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            return outer
-
-    def leave(self, outer: torch.dtype) -> None:
-        """The last to leave restores what was before the first."""
-        with self._free:
-            self._inside -= 1
-            self._mine.depth -= 1
-            torch.set_default_dtype(self._before if self._inside == 0 else outer if self._mine.depth else torch.get_default_dtype())
-            self._free.notify_all()
-
-
-_precision = _Precision()
-
-
-@contextlib.contextmanager
-def precision(dtype: torch.dtype) -> Iterator[None]:
-    """Default dtype inside, so that constants written in laws have the precision of the computation."""
-    outer = _precision.enter(dtype)
-    try:
-        yield
-    finally:
-        _precision.leave(outer)
 
 
 def make_graph(cohort: Cohort) -> Graph:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.ambient import precision
 from pavi_scale.batching import closure, splittable
 from pavi_scale.cohort import Cohort
 from pavi_scale.guide.blocks import Component, Factor
@@ -24,7 +25,6 @@ from pavi_scale.guide.terms import Laws
 from pavi_scale.model.density import Graph
 from pavi_scale.plates import Layout, Selection, ancestors
 from pavi_scale.reduced import Reading, Reduced, Value
-from pavi_scale.settings import precision
 
 ENOUGH = 64  # units of a plate over which data are pooled that tell the structure of what hangs on it
 RUNS = 8  # of neighbours among them

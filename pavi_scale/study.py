@@ -193,17 +193,30 @@ def prepare(
     return Study(cohort, graph, guide, settings, plan, trained)
 
 
-def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
-    """Checks, structure and plan of a fit.
-
-    Raises:
-        InputError: The client is none.
-    """
-    if client is not None and not hasattr(client, "scheduler_info"):  # what is asked of it here; Dask is not imported where there is none
+def check_client(client: Client | None) -> None:
+    """Refuse what is no client that can be waited for; Dask is not imported where there is none."""
+    if client is None:
+        return
+    if not callable(getattr(client, "scheduler_info", None)):  # a cluster has one, too, which is no function
         raise InputError(
             "the client cannot be used", where="client", expected="a dask.distributed.Client, or None to compute in this process", got=repr(client)[:200],
             remedy="from dask.distributed import Client; client=Client(address)",
         )
+    if client.asynchronous or client.status != "running":
+        got = "an asynchronous one" if client.asynchronous else f"one that is {client.status}"
+        raise InputError(
+            "the client cannot be used", where="client", expected="a Client that is connected, and synchronous", got=got,
+            remedy="client=Client(address), kept open while the fit works",
+        )
+
+
+def make_study(cohort: Cohort, config: Mapping[str, Any], client: Client | None) -> Study:
+    """Checks, structure and plan of a fit.
+
+    Raises:
+        InputError: The client is none, or cannot be used.
+    """
+    check_client(client)
     processes = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) if client is not None else 1
     lanes = min(MOST_LANES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if client is None else 1
     with torch_threads(1):  # laws are probed on a few units: more threads spend their time waiting for each other

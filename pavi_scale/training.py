@@ -1,8 +1,7 @@
 """The driver's loops: what is asked of the engine, round after round, and what is done with the answers.
 
 Two ways lead to a root posterior. If every block's pool is local, the marginal bound is maximised and the root refitted to it (`marginal`).
-Blocks with free
-rows are trained by `rows`.
+Blocks with free rows are trained by `rows`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
+from pavi_scale.ambient import precision
 from pavi_scale.batching import batches, shards, splittable
 from pavi_scale.computation import StudyComputation
 from pavi_scale.diagnosing import EFFICIENT, LIMIT
@@ -26,7 +26,7 @@ from pavi_scale.guide.blocks import coordinates, dense_rest
 from pavi_scale.guide.exploring import rivals
 from pavi_scale.guide.student import StudentT
 from pavi_scale.guide.terms import absorbable
-from pavi_scale.marginal import Pool, ascend, find_mode, near_order, nearest, other_modes, polish, refit, whitening
+from pavi_scale.marginal import ascend, find_mode, near_order, nearest, other_modes, polish, refit, whitening
 from pavi_scale.moments import MOST_CANDIDATES
 from pavi_scale.noise import quasi_random
 from pavi_scale.nonfinite import Skips, shards_without, where_from
@@ -37,7 +37,6 @@ from pavi_scale.samples import Sample, stages
 from pavi_scale.sampling import shard_length
 from pavi_scale.server.protocol import Engine
 from pavi_scale.server.window import Order, lagged
-from pavi_scale.settings import precision
 from pavi_scale.starts import highest, start_points
 from pavi_scale.weighing import EFFECTIVE, FEW_CANDIDATES, Weighed, weighed
 
@@ -141,7 +140,8 @@ class Trainer:
         tasks = self.tasks(**asked) if sample is None else [{**t, "seed": self.seed, **asked} for t in sample.tasks()]
         answers = self.engine.round("bound", state, tasks)
         z = torch.tensor(points, dtype=torch.float64, requires_grad=gradient)
-        prior = self.study.space.log_prior(z)
+        with precision(torch.float32):  # torch's own: whatever another thread computes in meanwhile
+            prior = self.study.space.log_prior(z)
         value = prior.detach().numpy() + sum(a["bound"] for a in answers)
         if not gradient:
             self.skips.saw(np.isfinite(value), partial(self.nowhere_finite, points[0]))
@@ -186,7 +186,8 @@ class Trainer:
             self.tell("bound", float(value[0]))
             self._improve(np.zeros((1, 0)), trained)
             return self._fitted(np.zeros((1, 0)), np.ones(1), StudentT(np.zeros(0), np.zeros((0, 0))), True, -1.0)
-        draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
+        with precision(torch.float32):
+            draws = space.prior_draws(64, stream(self.seed, "prior") % 2**31)
         mode, cov, converged = self._search(draws)
         gaussian = StudentT(mode, np.linalg.cholesky(cov))
         points = gaussian.sample(self._normals("correct", 64, space.dim), np.full(64, 0.5))
@@ -395,6 +396,3 @@ class Trainer:
         weight = {p: -(-layout.cardinality[p] // cells[p]) / max(1, size // cells[p]) for p, size in sizes.items()}
         for chosen in batches(layout, sizes, self.seed, cells):
             yield chosen, weight
-
-
-__all__ = ["Fitted", "Pool", "Trainer"]

@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from pavi_scale.ambient import precision
 from pavi_scale.batching import closure, flat_positions, splittable
 from pavi_scale.computation import StudyComputation
 from pavi_scale.guide.alike import Alike, alike
@@ -25,7 +26,6 @@ from pavi_scale.plates import ancestors
 from pavi_scale.reduced import Reading, Reduced, Value
 from pavi_scale.rng import stream
 from pavi_scale.scores import speaks_of, upper
-from pavi_scale.settings import precision
 from pavi_scale.sites import Centre, Sites
 
 POINTS = 1 << 21  # coordinates x root points looked at together

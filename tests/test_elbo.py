@@ -11,13 +11,13 @@ from scipy.stats import norm
 from torch.distributions import Bernoulli, Normal
 
 import pavi_scale as ps
+from pavi_scale.ambient import precision
 from pavi_scale.batching import closure, flat_positions, upward
 from pavi_scale.computation import StudyComputation
 from pavi_scale.elbo import Weights, local_elbo, log_root, reduced_elbo
 from pavi_scale.guide import Guide
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Value
-from pavi_scale.settings import precision
 from tests.guide import oracle
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from pavi_scale.ambient import precision
 from pavi_scale.guide.blocks import Block, Component, Factor, coupled
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.guide import curvature_fixed, separate
 from pavi_scale.guide.root import RootSpace
 from pavi_scale.reduced import Reduced
-from pavi_scale.settings import precision
 
 
 def with_roots(component: Component, few: Reduced, space: RootSpace, told: np.ndarray) -> Component:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pavi_scale.ambient import seeded
 from pavi_scale.model.density import Graph
 from pavi_scale.reduced import Reduced, Value
 
@@ -49,8 +50,7 @@ class RootSpace:
     def prior_draws(self, count: int, seed: int) -> np.ndarray:
         """Draws of the prior in unconstrained coordinates, `[count, R]`."""
         rows = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             for _ in range(count):
                 theta: dict[str, Tensor] = {}
                 flat = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Geometric, MixtureSameFamily, Multinomial
 from torch.distributions.constraints import Constraint
 
+from pavi_scale.ambient import seeded
 from pavi_scale.errors import ModelError
 from pavi_scale.links import Link, make_link
 from pavi_scale.model.promote import Promote
@@ -94,8 +95,7 @@ class Graph:
 
     def _inspect(self, example: Mapping[str, Tensor]) -> None:
         values: dict[str, Tensor] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             for v in self.model.variables.values():
                 if v.kind == "covariate":
                     values[v.name] = example.get(v.name, torch.ones(self.shape(v), dtype=torch.float64))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pavi_scale import rng
+from pavi_scale.ambient import seeded
 from pavi_scale.model.density import Aligned, Graph, align
 from pavi_scale.model.simulate.batched import captured, draw, unvalidated
 from pavi_scale.model.simulate.quantiles import NoQuantileError, draw_by_quantiles
@@ -113,7 +114,7 @@ class Replicates:
     ) -> np.ndarray:  # fmt: skip
         """For laws that torch alone can draw from: its generator is seeded for every draw of every unit."""
         out = np.empty((*sizes, *event))
-        with torch.random.fork_rng(devices=[]):
+        with seeded():
             for at in np.ndindex(*sizes):
                 units = [int(p[i]) for p, i in zip(positions, at[1:], strict=True)]
                 torch.manual_seed(rng.stream(self.seed, "predict", v.name, int(draws[at[0]]), *units))

@@ -165,7 +165,8 @@ class PosteriorWriter:
         """A writer in a worker process, for arrays that `create` made."""
         writer = cls(run_path)
         if not (writer.path / "zarr.json").is_file():
-            raise RunError("there is no posterior to write into", where=writer.path, remedy="create it first: PosteriorWriter.create")
+            expected = "the run directory of the driver: workers write the posterior into it, and see it under the same path"
+            raise RunError("there is no posterior to write into", where=writer.path, expected=expected, remedy="choose a run path on a shared disk")
         return writer
 
     def _array(self, group: str, variable: str) -> zarr.Array[Any]:

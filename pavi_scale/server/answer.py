@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def blas_threads(count: int | None) -> Iterator[None]:
 
     Its products are small here, and its idle threads turn round and round waiting for the next: a quarter of the processor, taken from those who compute.
     """
-    with _libraries().limit(limits=count, user_api="blas"):
+    with _blas.shared(partial(_libraries().limit, limits=count, user_api="blas")):
         yield
 
 
@@ -105,27 +105,39 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-class _Turns:
-    """The interpreter's switch interval belongs to the process: the first who shortens it keeps the former one, the last restores it."""
+class _Shared:
+    """What belongs to the process, set for a while by several of its threads: the first sets it, the last restores what was before."""
 
     def __init__(self) -> None:
-        self._lock, self._users, self._before = threading.Lock(), 0, 0.0
+        self._lock, self._users, self._held = threading.Lock(), 0, ExitStack()
 
-    def enter(self) -> None:
+    @contextmanager
+    def shared(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Run the body within `make()`, or within that of a thread that came before."""
         with self._lock:
             if not self._users:
-                self._before = sys.getswitchinterval()
-                sys.setswitchinterval(min(self._before, TURN))
+                self._held.enter_context(make())
             self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._held.close()
 
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                sys.setswitchinterval(self._before)
+
+_blas, _turns = _Shared(), _Shared()
 
 
-_turns = _Turns()
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, TURN))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager
@@ -135,8 +147,5 @@ def taking_turns() -> Iterator[None]:
     Who reads a chunk, or a message, asks for it back after each call of the system: with 5 ms each time, a read of 100 chunks takes up to a hundred times as
     long beside a thread that computes in Python.
     """
-    _turns.enter()
-    try:
+    with _turns.shared(_short_turns):
         yield
-    finally:
-        _turns.leave()

@@ -44,6 +44,7 @@ __all__ = ["Computation", "Engine", "ServerState", "Spec"]
 
 SLOW_START = 5
 CUTS = 10  # broken connections that are borne for each death
+BARREN = 10  # workers that may leave one after another before any asked for a task: each may be starved of memory by what it builds
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ class ServerState:
         self._token = 0
         self._now = self._ticked = self._alone_since = -math.inf
         self._ever_joined = False
+        self._barren: set[str] = set()  # processes that left before they asked for a task, since the last one that did
         self.broken: PaviError | None = None
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
@@ -228,6 +230,7 @@ class ServerState:
         if event.seq < worker.asked:
             return [Ignore(event, "late question")]
         worker.asked = event.seq
+        self._barren.clear()
         if worker.lease is not None:
             # A worker that asks while it holds a lease never got it: the same lease again, so that nothing is leased twice.
             return [Assign(worker.name, worker.lease.round, worker.lease.index, worker.lease.token)]
@@ -279,6 +282,11 @@ class ServerState:
         if not self.workers:
             self._alone_since = self._now
         self._note(f"{worker.name} left: {reason}")
+        if worker.asked < 0:
+            self._barren.add(worker.process or worker.name)
+            # Each of them would begin the wait for workers anew.
+            if self.open and len(self._barren) >= BARREN and all(other.asked < 0 for other in self.workers.values()):
+                return self._fail(self._all_barren())
         lease = worker.lease
         if lease is None:
             return self._reshare(None)
@@ -311,6 +319,17 @@ class ServerState:
             expected=f"a worker within {patience:g} s; {len(r.results)} of {r.size} tasks were answered",
             got="; ".join(self.journal) or "no word from any worker",
             remedy="check that the cluster has workers, that they can reach the driver's address, and their logs; then resume",
+        )
+
+    def _all_barren(self) -> ClusterLost:
+        count = len(self._barren)
+        self._barren.clear()
+        return ClusterLost(
+            "workers leave before they ask for a task",
+            where=f"round {self._oldest().number} ({self._oldest().kind!r})",
+            expected="workers that can hold the study",
+            got=f"{count} that left, one after another; " + "; ".join(self.journal),
+            remedy="look into the workers' logs (a memory limit below that of the plan ends each of them), then resume",
         )
 
     def _reshare(self, returned: Lease | None) -> list[Instruction]:

@@ -2,9 +2,11 @@
 
 import os
 import shlex
+import socket
 import stat
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from pavi_scale.config import load_cluster
-from pavi_scale.errors import StudyError
+from pavi_scale.errors import ClusterLost, StudyError
 from pavi_scale.server.runtime.clusters import NO_DEFAULTS, open_cluster, queue_cluster
 from pavi_scale.server.runtime.credentials import Credentials
 
@@ -84,6 +86,15 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, text, words):
         opened(tmp_path, text)
     assert words in str(caught.value)
     assert not [p for p in tmp_path.glob("s/*")], "credentials are left behind"
+
+
+def test_what_listens_but_is_no_scheduler(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        begun = time.monotonic()
+        with pytest.raises(ClusterLost, match="the scheduler does not answer") as caught:
+            opened(tmp_path, f"kind: scheduler\naddress: tcp://127.0.0.1:{mute.getsockname()[1]}\npatience: 1")
+    assert time.monotonic() - begun < 10
+    assert caught.value.exit_code == 75
 
 
 COMMANDS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}

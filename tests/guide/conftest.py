@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pavi_scale.computation import precision
+from pavi_scale.ambient import precision
 
 
 @pytest.fixture(autouse=True)

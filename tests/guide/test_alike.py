@@ -10,12 +10,12 @@ from torch.distributions.constraints import positive
 
 import pavi_scale as ps
 from pavi_scale import study
+from pavi_scale.ambient import precision
 from pavi_scale.cohort import open_cohort
 from pavi_scale.computation import StudyComputation
 from pavi_scale.guide.alike import Alike, alike
 from pavi_scale.guide.curvature import LocalModel
 from pavi_scale.guide.local import fit_core, weights
-from pavi_scale.settings import precision
 from pavi_scale.sites import Sites
 from pavi_scale.upper import Upper
 

@@ -11,6 +11,7 @@ from scipy.stats import t as student
 from torch.distributions import Categorical, HalfNormal, Independent, LogNormal, MixtureSameFamily, Normal
 
 import pavi_scale as ps
+from pavi_scale.ambient import precision
 from pavi_scale.cohort import open_cohort
 from pavi_scale.guide import labels, sweeps
 from pavi_scale.guide.blocks import labelled
@@ -21,7 +22,7 @@ from pavi_scale.guide.local import fit_core
 from pavi_scale.guide.parents import descend
 from pavi_scale.plates import Selection
 from pavi_scale.reduced import Reduced, Value
-from pavi_scale.settings import make_graph, precision
+from pavi_scale.settings import make_graph
 
 LABELS, FEATURES = 3, 2
 

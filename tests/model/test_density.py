@@ -34,7 +34,7 @@ from torch.distributions import (
 )
 
 import pavi_scale as ps
-from pavi_scale.computation import precision
+from pavi_scale.ambient import precision
 from pavi_scale.errors import ModelError
 from pavi_scale.model.density import Aligned, Graph, align, expanded, unvalidated
 from pavi_scale.plates import Layout, Selection

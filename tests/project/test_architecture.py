@@ -11,6 +11,7 @@ import pytest
 LEVELS = {
     "errors": 0, "later": 0, "counters": 0, "instructions": 0, "distances": 0, "quantile": 0, "rng": 0, "memory": 0,
     "plates": 1, "links": 1, "laws": 1, "durable": 1, "digests": 1, "events": 1, "psis": 1, "weighing": 1, "progress": 1, "pictures": 1, "device": 1,
+    "ambient": 1,
     "model": 2, "cohort": 2, "encodings": 2, "flows": 2, "optimizers": 2, "lease": 2,
     "reduced": 3, "holding": 3, "noise": 3, "guide": 3, "batching": 3, "settings": 3, "server": 3,
     "ahead": 4, "elbo": 4, "moments": 4, "marginal": 4, "planning": 4, "run": 4, "ratios": 4, "computation": 4, "sampling": 4, "samples": 4, "starts": 4,

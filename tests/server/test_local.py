@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pavi_scale.errors import CohortError, NumericalError, WorkerError
-from pavi_scale.server.answer import aligned, taking_turns, torch_threads
+from pavi_scale.server.answer import aligned, blas_threads, taking_turns, torch_threads
 from pavi_scale.server.local import LocalEngine
 
 
@@ -124,3 +125,17 @@ def test_threads_take_turns_while_something_is_computed_and_no_longer():
     assert sys.getswitchinterval() < before / 10
     two.close()
     assert sys.getswitchinterval() == before
+
+
+def test_threads_of_linear_algebra_are_limited_until_the_last_of_several_fits_ends():
+    def threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        one, two = ExitStack(), ExitStack()
+        one.enter_context(blas_threads(1))
+        two.enter_context(blas_threads(1))
+        one.close()
+        assert threads() == {1}
+        two.close()
+        assert threads() == {2}

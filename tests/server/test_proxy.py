@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pavi_scale.server.local import LocalEngine
 from pavi_scale.server.runtime import DaskEngine
+from pavi_scale.server.runtime.wire import unpack_object
 from pavi_scale.server.runtime.worker import Contact, Link, _work
 from pavi_scale.server.state import ServerState
 
@@ -111,9 +112,9 @@ class Bench:
     @staticmethod
     def work(link):
         with link:
-            spec = link.spec()
-            if spec is not None:
-                _work(link, spec.build())
+            packed = link.spec()
+            if packed is not None:
+                _work(link, unpack_object(packed).build())
 
     def alive(self):
         return [link for link, thread in self.links if thread.is_alive() and not link.dead]

@@ -212,6 +212,16 @@ def test_no_worker_left(make_spec, state, tasks):
         assert same(engine.round("numeric", state, tasks), LocalEngine(make_spec()).round("numeric", state, tasks))
 
 
+def test_an_adaptive_cluster_without_workers_starts_one(make_spec, state, tasks):
+    with (
+        LocalCluster(n_workers=0, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        DaskEngine(client, make_spec(), heartbeat=0.2, startup=20.0) as engine,
+    ):
+        cluster.adapt(minimum=0, maximum=1, interval="100ms")
+        assert same(engine.round("numeric", state, tasks), LocalEngine(make_spec()).round("numeric", state, tasks))
+
+
 def test_interrupt_ends_the_loops(client, make_spec):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")

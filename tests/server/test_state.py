@@ -285,6 +285,36 @@ def test_worker_that_cannot_build_fails_this_and_later_rounds():
     assert feed(server, RoundStarted("k", 1, 1)) == [FailRound(1, error)]
 
 
+def test_workers_that_die_before_they_ask_do_not_keep_a_round_waiting_for_ever():
+    server = ServerState(timeout=10.0)
+    failed = []
+    feed(server, RoundStarted("k", 1, 1))
+    for n in range(100):  # each is gone before the patience of the one before has ended
+        out = [*server.handle(WorkerJoined(f"w{n}", process=f"p{n}"), float(n)), *server.handle(WorkerLeft(f"w{n}", "its connection closed"), float(n))]
+        server.validate()
+        failed += [i for i in out if isinstance(i, FailRound)]
+    assert len(failed) == 1
+    assert "leave before they ask" in failed[0].error.what
+    assert failed[0].error.exit_code == 75
+
+
+def test_a_worker_at_work_bears_with_others_that_die_before_they_ask():
+    server = ServerState(timeout=1000.0)
+    feed(server, *ready("good"), RoundStarted("k", 1, 1))
+    for n in range(100):
+        out = feed(server, WorkerJoined(f"w{n}", process=f"p{n}"), WorkerLeft(f"w{n}", "its connection closed"), now=float(n))
+        assert not any(isinstance(i, FailRound) for i in out)
+    assert feed(server, TaskDone("good", 1, 0, 1, "r"), now=100.0) == [CompleteRound(1, ("r",))]
+
+
+def test_one_worker_that_loses_its_connection_again_and_again_before_it_asks_is_no_death():
+    server = ServerState(timeout=1000.0)
+    feed(server, RoundStarted("k", 1, 1))
+    for n in range(100):
+        out = feed(server, WorkerJoined(f"w{n}", process="the same"), WorkerLeft(f"w{n}", "its connection closed"), now=float(n))
+        assert not any(isinstance(i, FailRound) for i in out)
+
+
 def test_an_empty_round_is_complete():
     assert feed(ServerState(), RoundStarted("k", 1, 0)) == [CompleteRound(1, ())]
 

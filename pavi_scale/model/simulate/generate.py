@@ -6,7 +6,6 @@ shape: neither memory nor storage chunks change a draw.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from pavi_scale import rng
+from pavi_scale.ambient import precision, seeded
 from pavi_scale.errors import NumericalError
 from pavi_scale.model.protocol import VariableLike
 from pavi_scale.model.simulate.batched import draw
@@ -29,21 +29,8 @@ def generate(design: Design, sink: Sink, seed: int, dtype: np.dtype[Any]) -> Non
     """Draw every index variable, then every variable of the design, into `sink`."""
     for (child, parent), name in design.index.items():
         _write_index(design, sink, child, parent, name, seed)
-    with _torch_state(dtype):
-        for v in design.model.variables.values():
-            _write_variable(design, sink, v, seed, dtype)
-
-
-@contextlib.contextmanager
-def _torch_state(dtype: np.dtype[Any]) -> Iterator[None]:
-    """Laws made of Python numbers get `dtype` inside; torch's default dtype and generator are as before after."""
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
-        torch.set_default_dtype(torch.float64 if dtype.itemsize == 8 else torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    for v in design.model.variables.values():
+        _write_variable(design, sink, v, seed, dtype)
 
 
 def block_lengths(plates: Sequence[int], event: int) -> list[int]:
@@ -103,12 +90,10 @@ def _write_variable(design: Design, sink: Sink, v: VariableLike, seed: int, dtyp
         buffer = np.empty(shape + event, dtype=dtype)
         parents = {p: _Parent(design, sink, design.model.variables[p], v, region) for p in v.parents}
         for corner, block in _covering(plates, lengths, region):
-            torch.manual_seed(rng.stream(seed, v.name, *corner))
             full = tuple(b.stop - b.start for b in block)
-            if v.law is None:
-                values = torch.randn(full + event).numpy()
-            else:
-                values = draw(v, {p: parent.rows(block) for p, parent in parents.items()}, full, event).numpy()
+            above = {p: parent.rows(block) for p, parent in parents.items()}
+            with precision(torch.float64 if dtype.itemsize == 8 else torch.float32), seeded(rng.stream(seed, v.name, *corner)):
+                values = (torch.randn(full + event) if v.law is None else draw(v, above, full, event)).numpy()
             inside = tuple(slice(max(b.start, r.start), min(b.stop, r.stop)) for b, r in zip(block, region, strict=True))
             kept = values[tuple(slice(i.start - b.start, i.stop - b.start) for i, b in zip(inside, block, strict=True))]
             _check_finite(v, kept, inside)

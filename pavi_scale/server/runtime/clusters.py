@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 
 import dask.config
 from distributed import Client, LocalCluster, Scheduler, Security, SpecCluster
+from distributed.comm import connect
 from distributed.core import Status
 
 from pavi_scale.errors import ClusterLost, StudyError
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Dask opens an HTTP server in each process, dashboard or not: on the loopback interface and any port, so that nobody else sees it.
 HIDDEN = "127.0.0.1:0"
 KEEP_SECONDS = 5.0  # between looks for lost workers
+ANSWER_SECONDS = 30.0  # for a scheduler that runs already
 JOIN_SECONDS = 300.0  # for workers on this machine
 
 
@@ -101,17 +104,25 @@ def _scheduler(options: clusters.SchedulerCluster) -> Iterator[Client]:
                 Path(getattr(options, name)).read_bytes()
         files = {"tls_ca_file": options.ca, "tls_client_cert": options.cert, "tls_client_key": options.key}
         security = Security(require_encryption=True, **files)
+    limit = min(options.patience, ANSWER_SECONDS)
     try:
-        client = Client(options.address, security=security, set_as_default=False, timeout=min(options.patience, 30.0))
+        asyncio.run(asyncio.wait_for(_reach(options.address, security or Security(), limit), limit))
+        client = Client(options.address, security=security, set_as_default=False, timeout=limit)
     except OSError as error:
         raise ClusterLost(
-            "the scheduler does not answer", where=options.address, expected="a scheduler with these credentials", got=str(error),
+            "the scheduler does not answer", where=options.address, expected="a scheduler with these credentials", got=str(error) or f"no word in {limit:g} s",
             remedy="check that it runs, its address and certificates; then run the same command again",
         ) from error
     # Not only the first worker is waited for: a killed scheduler takes all workers with it, and both are back only after a while.
     with client, dask.config.set({"pavi-scale.patience": options.patience}):
         _wait(client, options.workers, options.patience)
         yield client
+
+
+async def _reach(address: str, security: Security, limit: float) -> None:
+    """Connect, and no more: what listens there may be no scheduler, or a stopped one, and a client would wait for its first word for ever."""
+    comm = await connect(address, timeout=limit, **security.get_connection_args("client"))
+    comm.abort()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from distributed import Client, Future
 from distributed.comm import Comm, get_address_host, listen, unparse_host_port
 from distributed.comm.addressing import parse_address
 
-from pavi_scale.errors import PaviError, WorkerError
+from pavi_scale.errors import InputError, PaviError, WorkerError
 from pavi_scale.server.meter import Meter
 from pavi_scale.server.protocol import (
     Assign,
@@ -79,6 +79,22 @@ def listen_address(client: Client) -> str:
     return f"{scheme}://" if scheme == "inproc" else f"{scheme}://{unparse_host_port(get_address_host(local), 0)}"
 
 
+def packed(spec: object) -> Message:
+    """The computation's description as a message, code of the model with it.
+
+    Raises:
+        InputError: It cannot be pickled.
+    """
+    try:
+        return pack_object(spec, cloudpickle.dumps)
+    except Exception as error:  # the border to foreign code: whatever the laws hold is pickled
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(
+            "the model cannot be sent to workers", where="its laws", expected="laws that hold numbers, arrays, tensors and functions", got=got,
+            remedy="take open files, locks, connections and generators out of the laws, or fit without a client",
+        ) from error
+
+
 class Hub:
     """Runs in the client's event loop; all its methods but the constructor are called there.
 
@@ -95,10 +111,11 @@ class Hub:
         self.machine = ServerState(timeout=timeout, startup=startup, patience=patience)
         self.meter = Meter()
         self.address = self.page = ""
-        self._client, self._desk, self._spec = client, Desk(client), pack_object(spec, cloudpickle.dumps)
+        self._client, self._desk, self._spec = client, Desk(client), packed(spec)
         self._heartbeat, self._timeout = heartbeat, timeout
         self._key = secrets.token_hex(16)
         self._loops: dict[str, Future] = {}
+        self._call: Future | None = None  # for a worker, while there is none
         self._comms: set[Comm] = set()
         self._met: set[str] = set()
         self._told: set[str] = set()
@@ -181,6 +198,7 @@ class Hub:
         for future in self._loops.values():
             future.release()
         self._loops.clear()
+        self._call = None
         await self._desk.close()
 
     async def _serve(self, comm: Comm) -> None:
@@ -330,6 +348,10 @@ class Hub:
             loop.add_done_callback(partial(self._loop_done, address))
         for address in set(self._loops) - addresses:
             self._loops.pop(address).release()
+        if addresses:
+            self._call = None
+        elif self._call is None or self._call.status != "pending":  # an adaptive cluster starts workers for tasks that wait: loops wait for workers
+            self._call = client.submit(int, key=f"pavi-call-{self._key[:8]}-{time.monotonic()}", pure=False)
 
     def _loop_done(self, address: str, loop: Future) -> None:
         # Called in a thread of Dask's; a loop that ended early is started again by the next `_enlist`.

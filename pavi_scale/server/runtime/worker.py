@@ -17,6 +17,7 @@ import numpy as np
 from distributed import Status, Worker, get_worker, secede
 from distributed.comm import Comm, connect
 
+from pavi_scale.errors import InputError
 from pavi_scale.server.answer import answer, blas_threads, taking_turns, torch_threads
 from pavi_scale.server.protocol import Computation, Spec
 from pavi_scale.server.runtime.wire import Message, ask, describe, pack, unpack, unpack_object
@@ -73,10 +74,10 @@ class Link:
         self._thread.join()
         self._loop.close()
 
-    def spec(self) -> Spec | None:
-        """The computation's description; None when told to stop."""
+    def spec(self) -> Message | None:
+        """The computation's description, packed; None when told to stop."""
         reply = self._wait(self._call("spec"))
-        return None if reply is None else unpack_object(reply["spec"])
+        return None if reply is None else reply["spec"]
 
     def exchange(self, holds: int, push: Message | None) -> Message | None:
         """Hand in an answer and wait for the next task; None when told to stop.
@@ -205,8 +206,14 @@ def worker_loop(contact: Contact) -> int:
     # A task of the whole run's length must not hold the worker's only slot.
     secede()
     with Link(contact, worker.address, worker.connection_args) as link:
-        spec = link.spec()
-        if spec is None:
+        packed = link.spec()
+        if packed is None:
+            return 0
+        try:
+            spec: Spec = unpack_object(packed)
+        except Exception as error:  # the border to foreign code: the model's own modules are imported now
+            if not _ending(worker):
+                link.broken(_unknown(error, worker.address))
             return 0
         threads = getattr(spec, "threads", None)
         with torch_threads(threads), blas_threads(threads), taking_turns():
@@ -217,6 +224,14 @@ def worker_loop(contact: Contact) -> int:
                     link.broken(error)
                 return 0
             return _work(link, computation, lambda: _ending(worker))
+
+
+def _unknown(error: Exception, address: str) -> InputError:
+    got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return InputError(
+        "a worker cannot load the model", where=address, expected="the modules that define its laws, importable there as they are here", got=got,
+        remedy="install them on the workers, start those in a folder that holds them, or client.upload_file(...); laws written as lambdas travel by themselves",
+    )
 
 
 def _ending(worker: Worker) -> bool:
