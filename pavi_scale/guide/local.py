@@ -128,7 +128,8 @@ def draw(core: Core, noise: Noise, corrections: Mapping[str, Correction] | None 
     for block in local.component.blocks:
         u = noise(block, tuple(core.mode[block.name].shape))
         widened = block.name in local.component.resampled
-        white[block.name], log_q[block.name] = widen(u, each) if widened else (u, _standard(u))
+        # A learned map has seen normals, and is anybody's guess far out.
+        white[block.name], log_q[block.name] = widen(u, 1 if block.name in corrections else each) if widened else (u, _standard(u))
     if isinstance(gaussian, Arrow):
         z = gaussian.colour(white, core.mode)
         log_q = {b: log_q[b] + share for b, share in gaussian.log_dets().items()}
