@@ -121,7 +121,15 @@ def settings_record(settings: Settings) -> dict[str, Any]:
 
 
 def settings_from(stored: Mapping[str, Any]) -> Settings:
-    """The inverse of `settings_record`."""
+    """The inverse of `settings_record`.
+
+    Raises:
+        RunError: An earlier version made the run, and did not record what its set encoders read.
+    """
+    if "seen" not in stored and not {"encoder", "hybrid"}.isdisjoint(stored["schemes"].values()):
+        raise RunError(
+            "the run was made by an earlier version", where="its settings", expected="the variables that its set encoders read", got="none", remedy="fit again"
+        )
     return Settings(
         free=tuple(tuple(f) for f in stored["free"]), schemes=stored["schemes"], seen=stored.get("seen", {}), structure=stored["structure"],
         split=stored["split"], dtype=stored["dtype"], cache_bytes=stored["cache_bytes"], chunk=stored["chunk"],

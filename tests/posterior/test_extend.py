@@ -7,7 +7,9 @@ from torch.distributions import Normal, Poisson
 
 import pavi_scale as ps
 from pavi_scale import study
-from pavi_scale.errors import CohortError
+from pavi_scale.errors import CohortError, RunError
+from pavi_scale.recording import settings_from, settings_record
+from pavi_scale.settings import Settings
 
 VISITS = np.array([1, *[9] * 11])  # of each group, counted at visits ...
 SCANS = np.array([7, *[2] * 11])  # ... and in scans: all groups together have more of the first, the group 0 alone of the second
@@ -63,3 +65,15 @@ def test_new_units_that_would_need_rows_are_refused(trained, monkeypatch):
     monkeypatch.setattr(study, "choose_free", lambda *_, **__: frozenset({frozenset({"group"})}))
     with pytest.raises(CohortError, match=r"too many to be computed together.*free rows of group.*fewer of them"):
         trained.extend(cohort_of([0]))
+
+
+@pytest.mark.parametrize("scheme", ["encoder", "hybrid", "likelihood"])
+def test_settings_of_a_run_that_does_not_say_what_its_encoders_read(scheme):
+    stored = settings_record(Settings(schemes={"group": scheme}))
+    assert settings_from(stored) == Settings(schemes={"group": scheme})
+    del stored["seen"]
+    if scheme == "likelihood":
+        assert settings_from(stored).seen == {}
+        return
+    with pytest.raises(RunError, match="earlier version"):
+        settings_from(stored)
